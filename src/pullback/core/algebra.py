@@ -1,0 +1,433 @@
+"""Sums, products, multiples, powers and relatives of operators. They stay lazy and keep what is known about structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pullback.core.errors import ArgumentError, ShapeError
+from pullback.core.operator import LinearOperator, Operator, algebra
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _has_tensors(op: torch.nn.Module) -> bool:
+    return any(True for tensors in (op.parameters(), op.buffers()) for _ in tensors)
+
+
+class Composite(LinearOperator):
+    """A linear operator made of others.
+
+    Where a part holds tensors, or all parts are plain torch, autograd sees the parts. Otherwise the whole is one node of
+    the graph whose backward is the whole adjoint.
+    """
+
+    def _consist(self, parts: Iterable[LinearOperator]) -> None:
+        """Take over what the parts are: called once, at the end of __init__."""
+        parts = tuple(parts)
+        for i, part in enumerate(parts):
+            self.add_module(str(i), part)
+        self._clinear = all(p._clinear for p in parts)
+        self._half = all(p._half for p in parts)  # type: ignore[misc]
+        self.__dict__["_delegates"] = any(_has_tensors(p) for p in parts) or all(p._native or p._delegates for p in parts)
+
+    def _sequence(self) -> tuple[LinearOperator, ...]:
+        return tuple(self._modules.values())  # type: ignore[arg-type]
+
+    def _infer_range(self) -> None:
+        """The range is real if an input from the whole domain comes out real."""
+        self._real_range = not self._out_dtype(torch.float64 if self._real_domain else torch.complex128, False).is_complex
+
+    @staticmethod
+    def _back(part: LinearOperator, y: Tensor) -> Tensor:
+        """part^H y. Where a real result went on as complex, the adjoint of that inclusion is the real part."""
+        return part._run(y.real if part._real_range and y.is_complex() else y, True)
+
+
+class Sum(Composite):
+    """A x = sum_i A_i x."""
+
+    def __init__(self, parts: Iterable[LinearOperator]) -> None:
+        parts = tuple(parts)
+        first = parts[0]
+        super().__init__(first.dims, first.dimsd)
+        self._consist(parts)
+        self._real_domain = any(p._real_domain for p in parts)
+        self._infer_range()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        first, *rest = self._sequence()
+        y = first._run(x)
+        for p in rest:
+            y = y + p._run(x)
+        return y
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        first, *rest = self._sequence()
+        x = self._back(first, y)
+        for p in rest:
+            x = x + self._back(p, y)
+        return x.real if self._real_domain and x.is_complex() else x
+
+    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
+        result = dtype
+        for i, p in enumerate(self._sequence()):
+            out = p._out_dtype(dtype, adjoint)
+            result = out if i == 0 else torch.promote_types(result, out)
+        return result.to_real() if adjoint and self._real_domain and result.is_complex else result
+
+    def _norm_bound(self) -> float | None:
+        bounds = [p._norm_bound() for p in self._sequence()]
+        return None if None in bounds else sum(b for b in bounds if b is not None)
+
+    def _expression(self, level: int = 0) -> str:
+        text = " + ".join(p._expression(1) for p in self._sequence()).replace("+ -", "- ")
+        return f"({text})" if level > 1 else text
+
+
+class Product(Composite):
+    """A x = A_1 (A_2 (... x))."""
+
+    def __init__(self, parts: Iterable[LinearOperator]) -> None:
+        parts = tuple(parts)
+        super().__init__(parts[-1].dims, parts[0].dimsd)
+        self._consist(parts)
+        self._aliases = all(p._aliases for p in parts)
+        self._real_domain = self._meets_complex(torch.complex128)
+        if self._meets_complex(torch.float64):
+            raise ArgumentError(f"cannot compose {self._expression()}: a factor that acts on real input gets complex values")
+        self._infer_range()
+
+    def _meets_complex(self, dtype: torch.dtype) -> bool:
+        """Whether, for input of `dtype`, a factor with a real domain would be given complex values."""
+        for p in reversed(self._sequence()):
+            if p._real_domain and dtype.is_complex:
+                return True
+            dtype = p._out_dtype(dtype, False)
+        return False
+
+    def _forward(self, x: Tensor) -> Tensor:
+        for p in reversed(self._sequence()):
+            if p.dims != x.shape[-len(p.dims) :]:
+                x = _refit(x, p.dims)
+            x = p._run(x)
+        return x
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        for p in self._sequence():
+            if p.dimsd != y.shape[-len(p.dimsd) :]:
+                y = _refit(y, p.dimsd)
+            y = self._back(p, y)
+        return y
+
+    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
+        for p in self._sequence() if adjoint else reversed(self._sequence()):
+            if adjoint and p._real_range and dtype.is_complex:
+                dtype = dtype.to_real()
+            dtype = p._out_dtype(dtype, adjoint)
+        return dtype
+
+    def _gram(self) -> LinearOperator:
+        first, *rest = self._sequence()
+        inner = compose_all(rest)
+        return inner.H @ first.gram @ inner
+
+    def _norm_bound(self) -> float | None:
+        bounds = [p._norm_bound() for p in self._sequence()]
+        return None if None in bounds else math.prod(b for b in bounds if b is not None)
+
+    def _expression(self, level: int = 0) -> str:
+        text = " @ ".join(p._expression(2) for p in self._sequence())
+        return f"({text})" if level > 2 else text
+
+
+class Scaled(Composite):
+    """A x = c B x, where the number c may be a tensor that requires grad."""
+
+    def __init__(self, op: LinearOperator, factor: Any) -> None:
+        super().__init__(op.dims, op.dimsd)
+        self._consist((op,))
+        self._real_domain = op._real_domain
+        if isinstance(factor, Tensor):
+            self.factor = factor
+            is_complex = factor.is_complex()
+            self.__dict__["_delegates"] = True
+        else:
+            self.__dict__["factor"] = factor = factor.item() if hasattr(factor, "item") else factor
+            is_complex = isinstance(factor, complex)
+        self._infer_range()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        (op,) = self._sequence()
+        y = op._run(x)
+        return y * self._number(y)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        (op,) = self._sequence()
+        c = self._number(y)
+        return self._back(op, y * (c.conj() if isinstance(c, Tensor) else c.conjugate()))
+
+    def _number(self, like: Tensor) -> Any:
+        return self._cast(self.factor, like) if isinstance(self.factor, Tensor) else self.factor
+
+    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
+        is_complex = self.factor.is_complex() if isinstance(self.factor, Tensor) else isinstance(self.factor, complex)
+        (op,) = self._sequence()
+        if adjoint:
+            dtype = _complex(dtype) if is_complex and not op._real_range else dtype
+            return op._out_dtype(dtype, True)
+        dtype = op._out_dtype(dtype, False)
+        return _complex(dtype) if is_complex else dtype
+
+    def _gram(self) -> LinearOperator:
+        (op,) = self._sequence()
+        if not op._clinear:
+            return self.H @ self
+        c = self.factor
+        return (c.conj() * c).real * op.gram if isinstance(c, Tensor) else abs(c) ** 2 * op.gram
+
+    def _norm_bound(self) -> float | None:
+        (op,) = self._sequence()
+        bound = op._norm_bound()
+        return None if bound is None else float(abs(self.factor)) * bound
+
+    def _expression(self, level: int = 0) -> str:
+        (op,) = self._sequence()
+        if isinstance(self.factor, Tensor):
+            text = f"c * {op._expression(2)}"
+        elif self.factor == -1:
+            text = f"-{op._expression(2)}"
+        else:
+            c = self.factor
+            text = f"{c if isinstance(c, complex) else format(c, '.6g')} * {op._expression(2)}"
+        return f"({text})" if level > 1 else text
+
+
+class Adjoint(Composite):
+    """The adjoint of an operator; its adjoint is that operator."""
+
+    def __init__(self, op: LinearOperator) -> None:
+        super().__init__(op.dimsd, op.dims)
+        self._consist((op,))
+        self._real_domain, self._real_range = op._real_range, op._real_domain
+        self._aliases = op._aliases
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._sequence()[0]._run(x, True)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._sequence()[0]._run(y)
+
+    def _run(self, x: Tensor, adjoint: bool = False, tensors: Any = None) -> Tensor:
+        return self._sequence()[0]._run(x, not adjoint)
+
+    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
+        return self._sequence()[0]._out_dtype(dtype, not adjoint)
+
+    @property
+    def H(self) -> LinearOperator:
+        """The operator itself."""
+        return self._sequence()[0]
+
+    def _norm_bound(self) -> float | None:
+        return self._sequence()[0]._norm_bound()
+
+    def _expression(self, level: int = 0) -> str:
+        return f"{self._sequence()[0]._expression(3)}.H"
+
+
+class Conjugate(Composite):
+    """conj(A) x = conj(A conj(x))."""
+
+    def __init__(self, op: LinearOperator) -> None:
+        super().__init__(op.dims, op.dimsd)
+        self._consist((op,))
+        self._real_domain, self._real_range = op._real_domain, op._real_range
+        self._aliases = op._aliases
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._sequence()[0]._run(x.conj()).conj().resolve_conj()
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._sequence()[0]._run(y.conj(), True).conj().resolve_conj()
+
+    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
+        return self._sequence()[0]._out_dtype(dtype, adjoint)
+
+    def conj(self) -> LinearOperator:
+        """The operator itself."""
+        return self._sequence()[0]
+
+    def _norm_bound(self) -> float | None:
+        return self._sequence()[0]._norm_bound()
+
+    def _expression(self, level: int = 0) -> str:
+        return f"{self._sequence()[0]._expression(3)}.conj()"
+
+
+class Derivative(LinearOperator):
+    """F'(x) v, the derivative of a non-linear operator at x, by forward and reverse mode."""
+
+    _native = True
+
+    def __init__(self, op: Operator, at: Tensor) -> None:
+        super().__init__(op.dims, op.dimsd)
+        if tuple(at.shape) != op.dims:
+            raise ShapeError(f"linearize: x must have shape {op.dims}; got {tuple(at.shape)}")
+        self.op = op
+        self.at = at
+        self._clinear = not at.is_complex()
+        self._real_domain = not at.is_complex()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        push = lambda v: torch.func.jvp(self.op._run, (self.at,), (v,))[1]  # noqa: E731
+        return self._over_batch(push, x.to(self.at.dtype), self.dims, self.dimsd)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        _, pull = torch.func.vjp(self.op._run, self.at)
+        return self._over_batch(lambda g: pull(g)[0], y, self.dimsd, self.dims)
+
+    @staticmethod
+    def _over_batch(function: Any, x: Tensor, dims: tuple[int, ...], dimsd: tuple[int, ...]) -> Tensor:
+        batch = x.shape[: x.ndim - len(dims)]
+        if not batch:
+            return function(x)
+        return torch.func.vmap(function)(x.reshape(-1, *dims)).reshape(*batch, *dimsd)
+
+    def _expression(self, level: int = 0) -> str:
+        return f"{type(self.op).__name__}'(x)"
+
+
+class Composition(Operator):
+    """F(G(x)), for operators that are not all linear."""
+
+    def __init__(self, outer: Operator, inner: Operator) -> None:
+        super().__init__(inner.dims, outer.dimsd)
+        self.outer, self.inner = outer, inner
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.outer._run(_refit(self.inner._run(x), self.outer.dims))
+
+    def linearize(self, x: Tensor) -> LinearOperator:
+        """F'(G(x)) G'(x)."""
+        return self.outer.linearize(_refit(self.inner._run(x), self.outer.dims)) @ self.inner.linearize(x)
+
+
+class Combination(Operator):
+    """sum_i c_i F_i(x), for operators that are not all linear."""
+
+    def __init__(self, terms: Iterable[tuple[Any, Operator]]) -> None:
+        terms = tuple(terms)
+        super().__init__(terms[0][1].dims, terms[0][1].dimsd)
+        self.factors = [c for c, _ in terms]
+        for i, (_, op) in enumerate(terms):
+            self.add_module(str(i), op)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y: Any = 0
+        for c, op in zip(self.factors, self._modules.values(), strict=True):
+            y = y + c * op._run(x)  # type: ignore[union-attr, operator]
+        return y
+
+
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.is_complex else (torch.float32 if dtype in _HALF else dtype).to_complex()
+
+
+def _refit(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A factor's output in the shape of the next factor's input, which has as many elements."""
+    n, have = math.prod(dims), 1
+    axes = 0
+    while have < n:
+        axes += 1
+        have *= x.shape[-axes]
+    axes = max(axes, 1)
+    return x.reshape(*x.shape[: x.ndim - axes], *dims)
+
+
+def compose(a: Operator, b: Operator) -> Operator:
+    """The operator a after b."""
+    if a.shape[1] != b.shape[0]:
+        raise ShapeError(
+            f"cannot compose {type(a).__name__} of input dims {a.dims} with {type(b).__name__} of output dims {b.dimsd}: "
+            f"{a.shape[1]} != {b.shape[0]} elements"
+        )
+    if not (isinstance(a, LinearOperator) and isinstance(b, LinearOperator)):
+        return Composition(a, b)
+    if isinstance(a, Scaled) and not isinstance(b, Scaled) and a._clinear:
+        return scale(compose(a._sequence()[0], b), a.factor)
+    if isinstance(b, Scaled) and a._clinear:
+        return scale(compose(a, b._sequence()[0]), b.factor)
+    if a.dims == b.dimsd:
+        merged = a._compose_left(b)
+        merged = b._compose_right(a) if merged is None else merged
+        if merged is not None:
+            return merged
+    parts: list[LinearOperator] = []
+    for op in (a, b):
+        parts.extend(op._sequence() if isinstance(op, Product) else (op,))
+    return Product(parts)
+
+
+def compose_all(parts: Iterable[LinearOperator]) -> LinearOperator:
+    """The product of a non-empty sequence."""
+    first, *rest = parts
+    for op in rest:
+        first = first @ op
+    return first
+
+
+def add(a: Operator, b: Operator) -> Operator:
+    """The operator a + b."""
+    if a.shape != b.shape or a.dims != b.dims or a.dimsd != b.dimsd:
+        raise ShapeError(
+            f"cannot add {type(a).__name__} {a.dims} -> {a.dimsd} and {type(b).__name__} {b.dims} -> {b.dimsd}: dims differ"
+        )
+    if not (isinstance(a, LinearOperator) and isinstance(b, LinearOperator)):
+        return Combination([(1, a), (1, b)])
+    merged = a._add_left(b)
+    if merged is None:
+        merged = b._add_left(a)
+    if merged is not None:
+        return merged
+    parts: list[LinearOperator] = []
+    for op in (a, b):
+        parts.extend(op._sequence() if isinstance(op, Sum) else (op,))
+    return Sum(parts)
+
+
+def scale(op: Operator, factor: Any) -> Operator:
+    """The operator factor * op."""
+    if not isinstance(op, LinearOperator):
+        return Combination([(factor, op)])
+    if isinstance(op, Scaled):
+        inner = op._sequence()[0]
+        if not isinstance(factor, Tensor) and not isinstance(op.factor, Tensor) and factor * op.factor == 1:
+            return inner
+        return Scaled(inner, factor * op.factor)
+    merged = op._scale(factor)
+    return Scaled(op, factor) if merged is None else merged
+
+
+def power(op: LinearOperator, n: Any) -> LinearOperator:
+    """op applied n times, n >= 1."""
+    if not isinstance(n, int) or n < 1:
+        raise ArgumentError(f"A ** n needs an int n >= 1; got {n!r}")
+    if op.shape[0] != op.shape[1]:
+        raise ShapeError(f"A ** n needs a square operator; got shape {op.shape}")
+    return compose_all([op] * n)
+
+
+def conj(op: LinearOperator) -> LinearOperator:
+    """conj(op); the operator itself where it commutes with conjugation."""
+    if isinstance(op, Adjoint):
+        inner = op._sequence()[0].conj()
+        return inner.H
+    return Conjugate(op)
+
+
+algebra.update(compose=compose, add=add, scale=scale, power=power, conj=conj, adjoint=Adjoint, derivative=Derivative)
