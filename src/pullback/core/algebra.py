@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pullback.core.errors import ArgumentError, ShapeError
 from pullback.core.operator import LinearOperator, Operator, algebra
-
-_HALF = (torch.float16, torch.bfloat16)
+from pullback.core.shapes import complex_of, real_of
 
 
 def _has_tensors(op: torch.nn.Module) -> bool:
@@ -38,6 +37,16 @@ class Composite(LinearOperator):
     def _sequence(self) -> tuple[LinearOperator, ...]:
         return tuple(self._modules.values())  # type: ignore[arg-type]
 
+    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
+        """That of a sum or stack of the parts."""
+        result: torch.dtype | None = None
+        for p in self._sequence():
+            given = real_of(dtype) if adjoint and p._real_range else dtype
+            out = p._out_dtype(given, adjoint)
+            result = out if result is None else torch.promote_types(result, out)
+        assert result is not None, "a composite without parts; please report"
+        return real_of(result) if adjoint and self._real_domain else result
+
     def _infer_range(self) -> None:
         """The range is real if an input from the whole domain comes out real."""
         self._real_range = not self._out_dtype(torch.float64 if self._real_domain else torch.complex128, False).is_complex
@@ -48,7 +57,7 @@ class Composite(LinearOperator):
         return part._run(y.real if part._real_range and y.is_complex() else y, True)
 
 
-class Sum(Composite):
+class OperatorSum(Composite):
     """A x = sum_i A_i x."""
 
     def __init__(self, parts: Iterable[LinearOperator]) -> None:
@@ -73,13 +82,6 @@ class Sum(Composite):
             x = x + self._back(p, y)
         return x.real if self._real_domain and x.is_complex() else x
 
-    def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
-        result = dtype
-        for i, p in enumerate(self._sequence()):
-            out = p._out_dtype(dtype, adjoint)
-            result = out if i == 0 else torch.promote_types(result, out)
-        return result.to_real() if adjoint and self._real_domain and result.is_complex else result
-
     def _norm_bound(self) -> float | None:
         bounds = [p._norm_bound() for p in self._sequence()]
         return None if None in bounds else sum(b for b in bounds if b is not None)
@@ -89,7 +91,7 @@ class Sum(Composite):
         return f"({text})" if level > 1 else text
 
 
-class Product(Composite):
+class OperatorProduct(Composite):
     """A x = A_1 (A_2 (... x))."""
 
     def __init__(self, parts: Iterable[LinearOperator]) -> None:
@@ -126,8 +128,8 @@ class Product(Composite):
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         for p in self._sequence() if adjoint else reversed(self._sequence()):
-            if adjoint and p._real_range and dtype.is_complex:
-                dtype = dtype.to_real()
+            if adjoint and p._real_range:
+                dtype = real_of(dtype)
             dtype = p._out_dtype(dtype, adjoint)
         return dtype
 
@@ -178,10 +180,10 @@ class Scaled(Composite):
         is_complex = self.factor.is_complex() if isinstance(self.factor, Tensor) else isinstance(self.factor, complex)
         (op,) = self._sequence()
         if adjoint:
-            dtype = _complex(dtype) if is_complex and not op._real_range else dtype
+            dtype = complex_of(dtype) if is_complex and not op._real_range else dtype
             return op._out_dtype(dtype, True)
         dtype = op._out_dtype(dtype, False)
-        return _complex(dtype) if is_complex else dtype
+        return complex_of(dtype) if is_complex else dtype
 
     def _gram(self) -> LinearOperator:
         (op,) = self._sequence()
@@ -250,10 +252,10 @@ class Conjugate(Composite):
         self._aliases = op._aliases
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._sequence()[0]._run(x.conj()).conj().resolve_conj()
+        return torch.conj_physical(self._sequence()[0]._run(torch.conj_physical(x)))
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        return self._sequence()[0]._run(y.conj(), True).conj().resolve_conj()
+        return torch.conj_physical(self._sequence()[0]._run(torch.conj_physical(y), True))
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         return self._sequence()[0]._out_dtype(dtype, adjoint)
@@ -334,10 +336,6 @@ class Combination(Operator):
         return y
 
 
-def _complex(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_complex else (torch.float32 if dtype in _HALF else dtype).to_complex()
-
-
 def _refit(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A factor's output in the shape of the next factor's input, which has as many elements."""
     n, have = math.prod(dims), 1
@@ -369,8 +367,8 @@ def compose(a: Operator, b: Operator) -> Operator:
             return merged
     parts: list[LinearOperator] = []
     for op in (a, b):
-        parts.extend(op._sequence() if isinstance(op, Product) else (op,))
-    return Product(parts)
+        parts.extend(op._sequence() if isinstance(op, OperatorProduct) else (op,))
+    return OperatorProduct(parts)
 
 
 def compose_all(parts: Iterable[LinearOperator]) -> LinearOperator:
@@ -396,8 +394,8 @@ def add(a: Operator, b: Operator) -> Operator:
         return merged
     parts: list[LinearOperator] = []
     for op in (a, b):
-        parts.extend(op._sequence() if isinstance(op, Sum) else (op,))
-    return Sum(parts)
+        parts.extend(op._sequence() if isinstance(op, OperatorSum) else (op,))
+    return OperatorSum(parts)
 
 
 def scale(op: Operator, factor: Any) -> Operator:

@@ -56,7 +56,7 @@ def is_live(tensor: Tensor) -> bool:
     return (
         (tensor.requires_grad and torch.is_grad_enabled())
         or _C._functorch.is_functorch_wrapped_tensor(tensor)
-        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None)
+        or (forward_ad._current_level >= 0 and _C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None)
     )
 
 
@@ -127,6 +127,7 @@ class _Bridge(torch.autograd.Function):
         ctx.op = lookup(handle)
         ctx.adjoint = adjoint
         ctx.is_complex = x.is_complex()
+        ctx.set_materialize_grads(False)
         if not tensors:
             return
         # x is needed only for the derivative in the tensors. Saved tensors carry a version counter: a parameter that
@@ -144,7 +145,9 @@ class _Bridge(torch.autograd.Function):
         return (saved[0], saved[1:]) if ctx.with_x else (None, saved)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, tensors = _Bridge._unpack(ctx)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -285,7 +288,7 @@ def _given(slots: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 def _kernel(x: Tensor, handle: int, adjoint: bool, *slots: Tensor | None) -> Tensor:
     tensors = _given(slots)
-    with torch.no_grad():
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         y = _compute(x, lookup(handle), adjoint, tensors).resolve_conj().contiguous()
     return y.clone() if y.untyped_storage()._cdata == x.untyped_storage()._cdata else y
 

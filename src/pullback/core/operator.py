@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pullback.core import autograd, interop, spectrum
 from pullback.core.errors import ArgumentError, DeviceError, DtypeError, NotDifferentiableError, ShapeError
-from pullback.core.shapes import Dims, as_dims, size
+from pullback.core.shapes import Dims, as_dims, complex_of, real_of, size
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -110,7 +110,7 @@ class Operator(torch.nn.Module):
         if (self._real_range if adjoint else self._real_domain) and x.is_complex():
             raise DtypeError(f"{self._name(adjoint)} acts on real tensors; got {x.dtype}; apply it to x.real and x.imag")
         if not self._half and x.dtype in _HALF:
-            return self._call(x.float(), adjoint).to(x.dtype)
+            return self._call(x.float(), adjoint).to(self._out_dtype(x.dtype, adjoint))
         dims = self.dimsd if adjoint else self.dims
         n = len(dims)
         if x.shape[-n:] == dims:
@@ -136,10 +136,10 @@ class Operator(torch.nn.Module):
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         """The dtype of the result for an input of `dtype`."""
         if self._real_domain if adjoint else self._real_range:
-            return dtype.to_real() if dtype.is_complex else dtype
+            return real_of(dtype)
         becomes_complex = not adjoint and self._real_domain and not self._real_range
         if not dtype.is_complex and (becomes_complex or any(t.is_complex() for t in self._held())):
-            return (torch.float32 if dtype in _HALF else dtype).to_complex()
+            return complex_of(dtype)
         return dtype
 
     @property
@@ -190,8 +190,7 @@ class Operator(torch.nn.Module):
             raise DeviceError(
                 f"{type(self).__name__} lies on {tensor.device}, its input on {x.device}; move one with .to({str(x.device)!r})"
             )
-        precision = x.dtype.to_real() if x.dtype.is_complex else x.dtype
-        dtype = precision.to_complex() if tensor.is_complex() and precision not in _HALF else precision
+        dtype = complex_of(x.dtype) if tensor.is_complex() else real_of(x.dtype)
         if tensor.dtype == dtype:
             return tensor
         return self._cached(("cast", dtype), tensor, lambda t: t.to(dtype))
@@ -316,6 +315,14 @@ class LinearOperator(Operator):
             if tensors and not self._bridge_live and self._is_live(tensors):
                 return self._adjoint(x) if adjoint else self._forward(x)
         return autograd.call(x, self, adjoint, tensors)
+
+    def _forward_into(self, x: Tensor, out: Tensor) -> None:
+        """out = A x. Only where no graph is built; operators that can write in place override it."""
+        out.copy_(self._forward(x))
+
+    def _adjoint_add(self, y: Tensor, out: Tensor) -> None:
+        """out += A^H y. Only where no graph is built."""
+        out.add_(self._adjoint(y))
 
     def _is_live(self, tensors: Sequence[Tensor] | None = None) -> bool:
         tensors = self._held() if tensors is None else tensors

@@ -7,6 +7,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from pullback.core.errors import ArgumentError
 
 Dims = int | Sequence[int]
@@ -56,3 +58,17 @@ def per_axis(value: Any, n: int, owner: str, name: str) -> tuple[Any, ...]:
 def size(dims: Sequence[int]) -> int:
     """The number of elements of a tensor of shape `dims`."""
     return math.prod(dims)
+
+
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype of a real one's precision; half precision becomes complex64. Complex dtypes stay."""
+    if dtype.is_complex:
+        return dtype
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def real_of(dtype: torch.dtype) -> torch.dtype:
+    """The real dtype of a complex one's precision. Real dtypes stay."""
+    if not dtype.is_complex:
+        return dtype
+    return torch.float64 if dtype == torch.complex128 else torch.float32

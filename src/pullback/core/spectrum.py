@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pullback.core.errors import ArgumentError
 from pullback.core.interop import torch_dtype
-from pullback.core.shapes import size
+from pullback.core.shapes import complex_of, real_of, size
 
 if TYPE_CHECKING:
     from pullback.core.operator import LinearOperator
@@ -25,8 +25,8 @@ def probe_dtype(op: LinearOperator, dtype: torch.dtype | None = None) -> torch.d
     dtype = torch_dtype(op.dtype) if dtype is None else dtype
     dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     if op._real_domain:
-        return dtype.to_real() if dtype.is_complex else dtype
-    return dtype if op._clinear or dtype.is_complex else dtype.to_complex()
+        return real_of(dtype)
+    return dtype if op._clinear or dtype.is_complex else complex_of(dtype)
 
 
 def device_of(op: LinearOperator) -> torch.device:
@@ -45,7 +45,7 @@ def todense(op: LinearOperator, dtype: torch.dtype | None, device: torch.device 
         )
     dtype = torch_dtype(op.dtype) if dtype is None else dtype
     if op._real_domain and dtype.is_complex:
-        dtype = dtype.to_real()
+        dtype = real_of(dtype)
     device = device_of(op) if device is None else device
     m, n = op.shape
     step = max(1, _CHUNK // max(m, n))

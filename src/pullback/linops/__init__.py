@@ -1,1 +1,28 @@
-"""linops"""
+"""Linear operators, one family a file."""
+
+from pullback.linops.basic import Conj as Conj
+from pullback.linops.basic import Diagonal as Diagonal
+from pullback.linops.basic import Flip as Flip
+from pullback.linops.basic import Identity as Identity
+from pullback.linops.basic import Imag as Imag
+from pullback.linops.basic import Pad as Pad
+from pullback.linops.basic import Real as Real
+from pullback.linops.basic import Restriction as Restriction
+from pullback.linops.basic import Roll as Roll
+from pullback.linops.basic import Sum as Sum
+from pullback.linops.basic import Symmetrize as Symmetrize
+from pullback.linops.basic import Transpose as Transpose
+from pullback.linops.basic import Zero as Zero
+from pullback.linops.derivative import CausalIntegration as CausalIntegration
+from pullback.linops.derivative import FirstDerivative as FirstDerivative
+from pullback.linops.derivative import Gradient as Gradient
+from pullback.linops.derivative import Laplacian as Laplacian
+from pullback.linops.derivative import SecondDerivative as SecondDerivative
+from pullback.linops.foreign import FunctionOperator as FunctionOperator
+from pullback.linops.foreign import TorchOperator as TorchOperator
+from pullback.linops.matrix import MatrixMult as MatrixMult
+from pullback.linops.stack import Block as Block
+from pullback.linops.stack import BlockDiag as BlockDiag
+from pullback.linops.stack import HStack as HStack
+from pullback.linops.stack import Kronecker as Kronecker
+from pullback.linops.stack import VStack as VStack
