@@ -1,6 +1,6 @@
 """pullback: differentiable operators for inverse problems, on PyTorch."""
 
-from pullback.core import algebra as _algebra
+from pullback.core import algebra as _algebra  # noqa: F401  fills the table of what operators do with each other
 from pullback.core.check import CheckError as CheckError
 from pullback.core.check import CheckReport as CheckReport
 from pullback.core.check import check as check

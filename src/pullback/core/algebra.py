@@ -1,4 +1,7 @@
-"""Sums, products, multiples, powers and relatives of operators. They stay lazy and keep what is known about structure."""
+"""Sums, products, multiples, powers and relatives of operators.
+
+They stay lazy and keep what is known about structure.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def _has_tensors(op: torch.nn.Module) -> bool:
 class Composite(LinearOperator):
     """A linear operator made of others.
 
-    Where a part holds tensors, or all parts are plain torch, autograd sees the parts. Otherwise the whole is one node of
-    the graph whose backward is the whole adjoint.
+    Where a part holds tensors, or all parts are plain torch, autograd sees the parts. Otherwise the whole is one node
+    of the graph whose backward is the whole adjoint.
     """
 
     def _consist(self, parts: Iterable[LinearOperator]) -> None:
@@ -32,7 +35,9 @@ class Composite(LinearOperator):
             self.add_module(str(i), part)
         self._clinear = all(p._clinear for p in parts)
         self._half = all(p._half for p in parts)  # type: ignore[misc]
-        self.__dict__["_delegates"] = any(_has_tensors(p) for p in parts) or all(p._native or p._delegates for p in parts)
+        self.__dict__["_delegates"] = any(_has_tensors(p) for p in parts) or all(
+            p._native or p._delegates for p in parts
+        )
 
     def _sequence(self) -> tuple[LinearOperator, ...]:
         return tuple(self._modules.values())  # type: ignore[arg-type]
@@ -49,7 +54,9 @@ class Composite(LinearOperator):
 
     def _infer_range(self) -> None:
         """The range is real if an input from the whole domain comes out real."""
-        self._real_range = not self._out_dtype(torch.float64 if self._real_domain else torch.complex128, False).is_complex
+        self._real_range = not self._out_dtype(
+            torch.float64 if self._real_domain else torch.complex128, False
+        ).is_complex
 
     @staticmethod
     def _back(part: LinearOperator, y: Tensor) -> Tensor:
@@ -101,7 +108,9 @@ class OperatorProduct(Composite):
         self._aliases = all(p._aliases for p in parts)
         self._real_domain = self._meets_complex(torch.complex128)
         if self._meets_complex(torch.float64):
-            raise ArgumentError(f"cannot compose {self._expression()}: a factor that acts on real input gets complex values")
+            raise ArgumentError(
+                f"cannot compose {self._expression()}: a factor that acts on real input gets complex values"
+            )
         self._infer_range()
 
     def _meets_complex(self, dtype: torch.dtype) -> bool:
@@ -156,11 +165,9 @@ class Scaled(Composite):
         self._real_domain = op._real_domain
         if isinstance(factor, Tensor):
             self.factor = factor
-            is_complex = factor.is_complex()
             self.__dict__["_delegates"] = True
         else:
             self.__dict__["factor"] = factor = factor.item() if hasattr(factor, "item") else factor
-            is_complex = isinstance(factor, complex)
         self._infer_range()
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -238,6 +245,9 @@ class Adjoint(Composite):
     def _norm_bound(self) -> float | None:
         return self._sequence()[0]._norm_bound()
 
+    def _name(self, adjoint: bool) -> str:
+        return self._sequence()[0]._name(not adjoint)
+
     def _expression(self, level: int = 0) -> str:
         return f"{self._sequence()[0]._expression(3)}.H"
 
@@ -272,7 +282,11 @@ class Conjugate(Composite):
 
 
 class Derivative(LinearOperator):
-    """F'(x) v, the derivative of a non-linear operator at x, by forward and reverse mode."""
+    """F'(x) v, the derivative of a non-linear operator at x, and its adjoint, both by reverse mode.
+
+    F'(x) v is the transpose of g -> F'(x)^T g, so two reverse passes give it. Forward mode would be one pass, but torch
+    cannot nest it (pytorch#197867), and then this operator could not be differentiated in its turn.
+    """
 
     _native = True
 
@@ -282,16 +296,23 @@ class Derivative(LinearOperator):
             raise ShapeError(f"linearize: x must have shape {op.dims}; got {tuple(at.shape)}")
         self.op = op
         self.at = at
-        self._clinear = not at.is_complex()
+        with torch.no_grad():
+            self._real_range = not op._run(at).is_complex()
         self._real_domain = not at.is_complex()
+        self._clinear = self._real_domain and self._real_range
 
     def _forward(self, x: Tensor) -> Tensor:
-        push = lambda v: torch.func.jvp(self.op._run, (self.at,), (v,))[1]  # noqa: E731
-        return self._over_batch(push, x.to(self.at.dtype), self.dims, self.dimsd)
+        pull = self._pull(x)
+        zero = torch.zeros(self.dimsd, dtype=self._out_dtype(x.dtype, False), device=x.device)
+        push = torch.func.vjp(pull, zero)[1]
+        return self._over_batch(lambda v: push(v)[0], x, self.dims, self.dimsd)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        _, pull = torch.func.vjp(self.op._run, self.at)
-        return self._over_batch(lambda g: pull(g)[0], y, self.dimsd, self.dims)
+        return self._over_batch(self._pull(y), y, self.dimsd, self.dims)
+
+    def _pull(self, like: Tensor) -> Any:
+        pull = torch.func.vjp(self.op._run, self._cast(self.at, like))[1]
+        return lambda g: pull(g)[0]
 
     @staticmethod
     def _over_batch(function: Any, x: Tensor, dims: tuple[int, ...], dimsd: tuple[int, ...]) -> Tensor:
@@ -351,7 +372,8 @@ def compose(a: Operator, b: Operator) -> Operator:
     """The operator a after b."""
     if a.shape[1] != b.shape[0]:
         raise ShapeError(
-            f"cannot compose {type(a).__name__} of input dims {a.dims} with {type(b).__name__} of output dims {b.dimsd}: "
+            f"cannot compose {type(a).__name__} of input dims {a.dims} with {type(b).__name__} of output dims "
+            f"{b.dimsd}: "
             f"{a.shape[1]} != {b.shape[0]} elements"
         )
     if not (isinstance(a, LinearOperator) and isinstance(b, LinearOperator)):
@@ -383,7 +405,8 @@ def add(a: Operator, b: Operator) -> Operator:
     """The operator a + b."""
     if a.shape != b.shape or a.dims != b.dims or a.dimsd != b.dimsd:
         raise ShapeError(
-            f"cannot add {type(a).__name__} {a.dims} -> {a.dimsd} and {type(b).__name__} {b.dims} -> {b.dimsd}: dims differ"
+            f"cannot add {type(a).__name__} {a.dims} -> {a.dimsd} and {type(b).__name__} {b.dims} -> {b.dimsd}: "
+            f"dims differ"
         )
     if not (isinstance(a, LinearOperator) and isinstance(b, LinearOperator)):
         return Combination([(1, a), (1, b)])
@@ -412,7 +435,7 @@ def scale(op: Operator, factor: Any) -> Operator:
 
 
 def power(op: LinearOperator, n: Any) -> LinearOperator:
-    """op applied n times, n >= 1."""
+    """Op applied n times, n >= 1."""
     if not isinstance(n, int) or n < 1:
         raise ArgumentError(f"A ** n needs an int n >= 1; got {n!r}")
     if op.shape[0] != op.shape[1]:
@@ -421,7 +444,7 @@ def power(op: LinearOperator, n: Any) -> LinearOperator:
 
 
 def conj(op: LinearOperator) -> LinearOperator:
-    """conj(op); the operator itself where it commutes with conjugation."""
+    """The conjugate of an operator."""
     if isinstance(op, Adjoint):
         inner = op._sequence()[0].conj()
         return inner.H

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 _C: Any = torch._C
 _PLAIN = (Tensor, torch.nn.Parameter)
+_interpreter = _C._functorch.peek_interpreter_stack
+_dispatch_modes = _C._len_torch_dispatch_stack
+_is_legacy_batched = _C._functorch.is_legacy_batchedtensor
+_transforms_active = _C._are_functorch_transforms_active
 
 # Handles name live operators in graphs. They start at a random place in each process, so that a graph which was cached
 # on disk by another process can never meet an operator of this one.
@@ -56,7 +60,11 @@ def is_live(tensor: Tensor) -> bool:
     return (
         (tensor.requires_grad and torch.is_grad_enabled())
         or _C._functorch.is_functorch_wrapped_tensor(tensor)
-        or (forward_ad._current_level >= 0 and _C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None)
+        or (
+            forward_ad._current_level >= 0
+            and _C._is_fwd_grad_enabled()
+            and forward_ad.unpack_dual(tensor).tangent is not None
+        )
     )
 
 
@@ -64,10 +72,10 @@ def _is_eager(x: Tensor) -> bool:
     """True when `x` holds numbers and nobody watches: no functorch or vmap level, dispatch mode, subclass or meta."""
     return (
         type(x) in _PLAIN
-        and _C._functorch.peek_interpreter_stack() is None
-        and not _C._len_torch_dispatch_stack()
+        and _interpreter() is None
+        and not _dispatch_modes()
         and not x.is_meta
-        and not _C._functorch.is_legacy_batchedtensor(x)
+        and not _is_legacy_batched(x)
     )
 
 
@@ -78,13 +86,13 @@ def call(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Tensor]
     """
     if torch.compiler.is_compiling():
         return _dispatch(x, tensors, op._handle, adjoint)
-    if _C._are_functorch_transforms_active():
-        return _Bridge.apply(x, op._handle, adjoint, *tensors)
+    if _transforms_active():
+        return _Bridge.apply(x, op, adjoint, *tensors)
     if forward_ad._current_level < 0 and not (
         torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
     ):
         return _evaluate(x, op, adjoint, tensors)
-    return _fast_apply(x, op._handle, adjoint, *tensors)
+    return _fast_apply(x, op, adjoint, *tensors)
 
 
 def _evaluate(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Tensor]) -> Tensor:
@@ -97,34 +105,41 @@ def _evaluate(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Te
 
 def _compute(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Tensor]) -> Tensor:
     """Run the operator's own code. A result that requires grad betrays a tensor that the operator did not declare."""
-    op = op._rebind(tensors)
-    if any(t.requires_grad for t in tensors):
+    op = op._rebind(tensors) if tensors else op
+    if tensors and any(t.requires_grad for t in tensors):
         with torch.no_grad():
             return op._adjoint(x) if adjoint else op._forward(x)
     if x.requires_grad:
         x = x.detach()
-    with torch.enable_grad():
+    # Grad mode stays on, so that a result which requires grad gives such a tensor away.
+    enabled = torch.is_grad_enabled()
+    if not enabled:
+        _C._set_grad_enabled(True)
+    try:
         y = op._adjoint(x) if adjoint else op._forward(x)
+    finally:
+        if not enabled:
+            _C._set_grad_enabled(False)
     if y.requires_grad:
         raise NotDifferentiableError(
-            f"{type(op).__name__} uses a tensor that requires grad but does not hold it, so its gradient would be lost; "
+            f"{type(op).__name__} uses a tensor that requires grad but does not hold it, so its gradient would be "
+            f"lost; "
             f"assign the tensor as an attribute of the operator, or set `_native = True` if its code is plain torch"
         )
     return y
 
 
 class _Bridge(torch.autograd.Function):
-    """y = A(tensors) x. Inputs: x, handle, adjoint, *tensors."""
+    """y = A(tensors) x. Inputs: x, operator, adjoint, *tensors."""
 
     @staticmethod
-    def forward(x: Tensor, handle: int, adjoint: bool, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-        y = _evaluate(x, lookup(handle), adjoint, tensors)
+    def forward(x: Tensor, op: LinearOperator, adjoint: bool, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        y = _evaluate(x, op, adjoint, tensors)
         return y.clone() if y is x else y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, handle, adjoint, *tensors = inputs
-        ctx.op = lookup(handle)
+        x, ctx.op, adjoint, *tensors = inputs
         ctx.adjoint = adjoint
         ctx.is_complex = x.is_complex()
         ctx.set_materialize_grads(False)
@@ -132,7 +147,8 @@ class _Bridge(torch.autograd.Function):
             return
         # x is needed only for the derivative in the tensors. Saved tensors carry a version counter: a parameter that
         # is changed in place between forward and backward is an error, as everywhere in torch.
-        ctx.with_x = any(is_live(t) or t.requires_grad for t in tensors)
+        # (In forward mode the tangents have been taken off the inputs by now, so it cannot be asked who has one.)
+        ctx.with_x = forward_ad._current_level >= 0 or any(is_live(t) or t.requires_grad for t in tensors)
         saved = (x, *tensors) if ctx.with_x else tensors
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -163,7 +179,7 @@ class _Bridge(torch.autograd.Function):
         return (grad_x, None, None, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, _handle: None, _adjoint: None, *dtensors: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, dx: Tensor | None, _op: None, _adjoint: None, *dtensors: Tensor | None) -> Tensor:  # type: ignore[override]
         x, tensors = _Bridge._unpack(ctx)
         dy = None if dx is None else call(dx, ctx.op, ctx.adjoint, tensors)
         wanted = [i for i, d in enumerate(dtensors) if d is not None]
@@ -177,8 +193,9 @@ class _Bridge(torch.autograd.Function):
         return dy
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, handle: int, adjoint: bool, *tensors: Tensor) -> Any:
-        op = lookup(handle)
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], x: Tensor, op: LinearOperator, adjoint: bool, *tensors: Tensor
+    ) -> Any:
         x_dim, _, _, *t_dims = in_dims
         if all(d is None for d in t_dims):
             return call(x.movedim(x_dim, 0), op, adjoint, tensors), 0
@@ -210,7 +227,7 @@ def _tensor_pullback(
             grads.append(product.sum_to_size(tensors[i].shape).to(tensors[i].dtype))
         return grads
     chosen = [tensors[i] for i in wanted]
-    _, pull = torch.func.vjp(lambda *new: _plain(op, adjoint, x, tensors, wanted, new), *chosen)
+    pull = torch.func.vjp(lambda *new: _plain(op, adjoint, x, tensors, wanted, new), *chosen)[1]
     return list(pull(g))
 
 
@@ -240,7 +257,12 @@ def _tensor_pushforward(
 
 
 def _plain(
-    op: LinearOperator, adjoint: bool, x: Tensor, tensors: Sequence[Tensor], wanted: Sequence[int], new: Sequence[Tensor]
+    op: LinearOperator,
+    adjoint: bool,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[int],
+    new: Sequence[Tensor],
 ) -> Tensor:
     """The operator's own torch code with some tensors replaced, open to autograd."""
     values = list(tensors)
@@ -254,15 +276,15 @@ def _refuse_nested_forward_mode(op: LinearOperator) -> None:
     """Forward mode inside forward mode through a non-linear Function is silently wrong in torch (pytorch#197867)."""
     stack = _C._functorch.get_interpreter_stack() or ()
     levels = sum(level.key() == _C._functorch.TransformType.Jvp for level in stack)
-    # The innermost level has been popped while its jvp rule runs, so one more level is already nesting.
-    if levels >= 1:
+    if levels >= 2:
         raise NotDifferentiableError(
-            f"forward mode nested in forward mode with respect to the parameters of {type(op).__name__} is wrong in torch "
+            f"forward mode nested in forward mode with respect to the parameters of {type(op).__name__} is wrong "
+            f"in torch "
             f"(pytorch#197867); use reverse mode for one of the two, for example jacfwd(jacrev(f))"
         )
 
 
-# The dispatcher op -----------------------------------------------------------------------------------------------------
+# The dispatcher op --------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("pullback", "DEF")
 # Four optional tensors and not a list: torch's older vmap, which gradcheck uses, cannot batch over list arguments.
@@ -307,7 +329,7 @@ def _autograd_kernel(x: Tensor, handle: int, adjoint: bool, *slots: Tensor | Non
     ):
         with _C._AutoDispatchBelowAutograd():
             return _dispatch(x, tensors, handle, adjoint)
-    return _fast_apply(x, handle, adjoint, *tensors)
+    return _fast_apply(x, lookup(handle), adjoint, *tensors)
 
 
 _library.impl("apply", _kernel, "CompositeExplicitAutograd")
@@ -315,6 +337,6 @@ torch.library.register_fake("pullback::apply", _fake, lib=_library)
 _library.impl("apply", _autograd_kernel, "Autograd")
 _library.impl(
     "apply",
-    lambda x, handle, adjoint, *slots: _Bridge.apply(x, handle, adjoint, *_given(slots)),
+    lambda x, handle, adjoint, *slots: _Bridge.apply(x, lookup(handle), adjoint, *_given(slots)),
     "FuncTorchDynamicLayerFrontMode",
 )

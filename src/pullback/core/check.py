@@ -1,7 +1,7 @@
 """The conformance kit: does an operator keep the promises that every other part of the library relies on?
 
-`check(op)` runs a table of named tests on any operator, ours or a user's, and returns a report. Each test either returns
-a figure (an error, to be compared with a tolerance), returns None (passed), or raises.
+`check(op)` runs a table of named tests on any operator, ours or a user's, and returns a report. Each test either
+returns a figure (an error, to be compared with a tolerance), returns None (passed), or raises.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +71,7 @@ class CheckReport:
 
 
 def dottest(op: LinearOperator, rtol: float = 1e-11, n_pairs: int = 3, seed: int = 0) -> float:
-    """max |<A x, y> - <x, A^H y>| / (|A x| |y|) over random and structured vectors, in float64 and complex128.
+    """Max |<A x, y> - <x, A^H y>| / (|A x| |y|) over random and structured vectors, in float64 and complex128.
 
     Args:
         op: the operator.
@@ -85,9 +84,11 @@ def dottest(op: LinearOperator, rtol: float = 1e-11, n_pairs: int = 3, seed: int
     probe = _Probe(op, seed)
     worst, where = 0.0, ""
     for dtype in probe.dtypes():
-        for x_kind, y_kind in [("random", "random")] * n_pairs + [(k, "random") for k in _STRUCTURED] + [
-            ("random", k) for k in _STRUCTURED
-        ]:
+        for x_kind, y_kind in (
+            [("random", "random")] * n_pairs
+            + [(k, "random") for k in _STRUCTURED]
+            + [("random", k) for k in _STRUCTURED]
+        ):
             x = probe.vector(op.dims, dtype, x_kind)
             y = probe.vector(op.dimsd, probe.range_dtype(dtype), y_kind)
             with torch.no_grad():
@@ -101,7 +102,9 @@ def dottest(op: LinearOperator, rtol: float = 1e-11, n_pairs: int = 3, seed: int
             if not error <= worst:  # nan too
                 worst, where = error, f"{dtype}, x {x_kind}, y {y_kind}"
     if not worst <= rtol:
-        raise CheckError(f"dot test of {type(op).__name__}: |<Ax,y> - <x,A.H y>| / (|Ax| |y|) = {worst:.2e} > {rtol:.0e} ({where})")
+        raise CheckError(
+            f"dot test of {type(op).__name__}: |<Ax,y> - <x,A.H y>| / (|Ax| |y|) = {worst:.2e} > {rtol:.0e} ({where})"
+        )
     return worst
 
 
@@ -117,7 +120,9 @@ def check(op: LinearOperator, *, rtol: float = 1e-11, compile: bool = True, seed
     Returns: a CheckReport; call `.raise_if_failed()` in tests. Cost: some hundred applications.
     """
     if not isinstance(op, LinearOperator):
-        raise ArgumentError(f"check: op must be a LinearOperator; got {type(op).__name__}; wrap it with TorchOperator(op)")
+        raise ArgumentError(
+            f"check: op must be a LinearOperator; got {type(op).__name__}; wrap it with TorchOperator(op)"
+        )
     probe = _Probe(op, seed)
     results = []
     for name, test in _TESTS.items():
@@ -133,7 +138,9 @@ def check(op: LinearOperator, *, rtol: float = 1e-11, compile: bool = True, seed
                 results.append(CheckResult(name, "passed"))
             else:
                 status = "passed" if error <= rtol else "failed"  # nan fails
-                results.append(CheckResult(name, status, f"error {error:.1e}" + (f" > {rtol:.0e}" if status == "failed" else "")))
+                results.append(
+                    CheckResult(name, status, f"error {error:.1e}" + (f" > {rtol:.0e}" if status == "failed" else ""))
+                )
         except _Skip as reason:
             results.append(CheckResult(name, "skipped", str(reason)))
         except Exception as error:  # a failed test is a line of the report, whatever went wrong
@@ -161,7 +168,9 @@ class _Probe:
         """The dtype of A x for x of `dtype`."""
         return self.op._out_dtype(dtype, False)
 
-    def vector(self, dims: tuple[int, ...], dtype: torch.dtype, kind: str = "random", batch: tuple[int, ...] = ()) -> Tensor:
+    def vector(
+        self, dims: tuple[int, ...], dtype: torch.dtype, kind: str = "random", batch: tuple[int, ...] = ()
+    ) -> Tensor:
         shape = (*batch, *dims)
         if kind == "random":
             v = torch.randn(shape, dtype=dtype, generator=self.generator)
@@ -177,7 +186,7 @@ class _Probe:
         return self.vector(self.op.dimsd, self.range_dtype(dtype), batch=batch)
 
     def real_function(self) -> Callable[[Tensor], Tensor]:
-        """x -> A x as real numbers, for transforms that refuse complex results."""
+        """X -> A x as real numbers, for transforms that refuse complex results."""
         return lambda x: _as_real(self.op(x))
 
     def matrix(self) -> Tensor:
@@ -186,7 +195,10 @@ class _Probe:
             raise _Skip(f"the operator has more than {_DENSE_LIMIT} rows or columns")
         n = self.op.shape[1]
         with torch.no_grad():
-            columns = [self.real_function()(e.reshape(self.op.dims)).flatten() for e in torch.eye(n, dtype=torch.float64, device=self.device)]
+            columns = [
+                self.real_function()(e.reshape(self.op.dims)).flatten()
+                for e in torch.eye(n, dtype=torch.float64, device=self.device)
+            ]
         return torch.stack(columns, -1)
 
 
@@ -224,16 +236,21 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
-# The tests. One function, one promise. ---------------------------------------------------------------------------------
+# The tests. One function, one promise. ------------------------------------------------------------------------------
 
 
 def _shapes(p: _Probe) -> None:
     op = p.op
     for batch in ((), (3,), (2, 1)):
-        for adjoint, dims, dimsd, v in ((False, op.dims, op.dimsd, p.x(batch=batch)), (True, op.dimsd, op.dims, p.y(batch=batch))):
+        for adjoint, dims, dimsd, v in (
+            (False, op.dims, op.dimsd, p.x(batch=batch)),
+            (True, op.dimsd, op.dims, p.y(batch=batch)),
+        ):
             out = op._call(v, adjoint)
             if tuple(out.shape) != (*batch, *dimsd):
-                raise CheckError(f"{op._name(adjoint)} of {tuple(v.shape)} has shape {tuple(out.shape)}, not {(*batch, *dimsd)}")
+                raise CheckError(
+                    f"{op._name(adjoint)} of {tuple(v.shape)} has shape {tuple(out.shape)}, not {(*batch, *dimsd)}"
+                )
             if len(dims) > 1 and (*batch, size(dims))[-len(dims) :] != dims:
                 flat = op._call(v.reshape(*batch, -1), adjoint)
                 if tuple(flat.shape) != (*batch, size(dimsd)):
@@ -241,7 +258,9 @@ def _shapes(p: _Probe) -> None:
 
 
 def _dtypes(p: _Probe) -> None:
-    wanted = [torch.float32, torch.float64, torch.bfloat16] + ([] if p.op._real_domain else [torch.complex64, torch.complex128])
+    wanted = [torch.float32, torch.float64, torch.bfloat16] + (
+        [] if p.op._real_domain else [torch.complex64, torch.complex128]
+    )
     for dtype in wanted:
         with torch.no_grad():
             y = p.op(p.x(torch.float32).to(dtype))
@@ -363,7 +382,7 @@ def _second_order(p: _Probe) -> float:
 
 def _vjp(p: _Probe) -> float:
     x, g = p.x(), p.y()
-    y, pull = torch.func.vjp(p.op, x)
+    y, pull, *_ = torch.func.vjp(p.op, x)
     want = p.op._call(g, True)
     return max(_gap(y, p.op(x)), _gap(pull(g)[0], want.real if want.is_complex() else want))
 
@@ -406,7 +425,7 @@ def _hessian(p: _Probe) -> float:
 
 def _linearize(p: _Probe) -> float:
     x, t = p.x(), p.x()
-    y, push = torch.func.linearize(p.op, x)
+    y, push, *_ = torch.func.linearize(p.op, x)
     return max(_gap(y, p.op(x)), _gap(push(t), p.op(t)))
 
 
@@ -433,7 +452,9 @@ def _fake(p: _Probe) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         got = p.op(mode.from_tensor(p.x(batch=(2,))))
     if got.shape != want.shape or got.dtype != want.dtype:
-        raise CheckError(f"FakeTensor says {tuple(got.shape)} {got.dtype}, the result has {tuple(want.shape)} {want.dtype}")
+        raise CheckError(
+            f"FakeTensor says {tuple(got.shape)} {got.dtype}, the result has {tuple(want.shape)} {want.dtype}"
+        )
 
 
 def _copies(p: _Probe) -> float:
@@ -441,7 +462,12 @@ def _copies(p: _Probe) -> float:
     buffer = io.BytesIO()
     torch.save(p.op, buffer)
     buffer.seek(0)
-    made = [pickle.loads(pickle.dumps(p.op)), copy.deepcopy(p.op), copy.copy(p.op), torch.load(buffer, weights_only=False)]
+    made = [
+        pickle.loads(pickle.dumps(p.op)),
+        copy.deepcopy(p.op),
+        copy.copy(p.op),
+        torch.load(buffer, weights_only=False),
+    ]
     before = [t.dtype for t in (*p.op.parameters(), *p.op.buffers())]
     single = p.op.to(torch.float32)
     if before != [t.dtype for t in (*p.op.parameters(), *p.op.buffers())]:
@@ -456,10 +482,15 @@ def _copies(p: _Probe) -> float:
 def _numpy(p: _Probe) -> None:
     x, y = p.x().cpu(), p.y().cpu()
     for v, adjoint in ((x, False), (y, True)):
-        got, want = p.op._call(v.numpy(), adjoint), p.op._call(v.to(p.device), adjoint).detach().cpu().resolve_conj().numpy()
+        got, want = (
+            p.op._call(v.numpy(), adjoint),
+            p.op._call(v.to(p.device), adjoint).detach().cpu().resolve_conj().numpy(),
+        )
         if not isinstance(got, np.ndarray) or got.dtype != want.dtype or not np.array_equal(got, want):
             raise CheckError(f"{p.op._name(adjoint)} of an ndarray differs from that of a tensor")
-    if p.op.matvec(x.numpy().ravel()).shape != (p.op.shape[0],) or p.op.rmatvec(y.numpy().ravel()).shape != (p.op.shape[1],):
+    if p.op.matvec(x.numpy().ravel()).shape != (p.op.shape[0],) or p.op.rmatvec(y.numpy().ravel()).shape != (
+        p.op.shape[1],
+    ):
         raise CheckError("matvec and rmatvec must map flat vectors to flat vectors")
 
 
@@ -476,7 +507,9 @@ class _Call(torch.nn.Module):
 
 def _parameters(p: _Probe) -> None:
     """Every floating point tensor held: its gradient is right, in both directions, or refused."""
-    held = {n: t for n, t in (*p.op.named_parameters(), *p.op.named_buffers()) if t.is_floating_point() or t.is_complex()}
+    held = {
+        n: t for n, t in (*p.op.named_parameters(), *p.op.named_buffers()) if t.is_floating_point() or t.is_complex()
+    }
     if not held:
         raise _Skip("the operator holds no floating point tensor")
     if not p.small:

@@ -1,4 +1,6 @@
-"""NumPy in, NumPy out: the one place where arrays become tensors and back, and where SciPy's calling style is served."""
+"""NumPy in, NumPy out: the one place where arrays become tensors and back, and where SciPy's calling style is
+served.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def as_tensor(value: Any, name: str, owner: str) -> Tensor:
         try:
             tensor = torch.from_numpy(np.array(value, copy=True))
         except (TypeError, ValueError):
-            raise ArgumentError(f"{owner}: {name} must be a tensor or an array of numbers; got {type(value).__name__}") from None
+            raise ArgumentError(
+                f"{owner}: {name} must be a tensor or an array of numbers; got {type(value).__name__}"
+            ) from None
     if not (tensor.is_floating_point() or tensor.is_complex()):
         tensor = tensor.double()
     return tensor

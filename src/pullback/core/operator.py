@@ -1,6 +1,7 @@
 """Operator and LinearOperator: what an operator is, how it is called, and how it is combined.
 
-A subclass writes `_forward` (and `_adjoint`, if linear) on torch tensors of shape (..., *dims); everything else is here.
+A subclass writes `_forward` (and `_adjoint`, if linear) on torch tensors of shape (..., *dims); everything else is
+here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Operator(torch.nn.Module):
     Args:
         dims: shape of the input without batch axes.
         dimsd: shape of the output without batch axes.
-        dtype: what `.dtype` reports (NumPy or torch dtype). It never converts data: the result's dtype follows the input.
+        dtype: what `.dtype` reports (NumPy or torch dtype). It never converts data: the result's dtype follows the
+            input.
 
     A subclass writes `_forward(x)` in differentiable torch. Tensors that are assigned as attributes become buffers (or
     parameters, if they are `nn.Parameter`), so `.to()`, `state_dict()`, pickling and `torch.func.functional_call` work.
@@ -94,21 +96,19 @@ class Operator(torch.nn.Module):
 
     __array_ufunc__ = None  # NumPy scalars and arrays on the left leave the operation to us
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TORCH_MULTIPLY and len(args) == 2 and isinstance(args[1], Operator):
-            return args[1].__rmul__(args[0])
-        return NotImplemented
-
     # Application ---------------------------------------------------------------------------------------------------
 
     def _call(self, x: Any, adjoint: bool) -> Any:
         if not isinstance(x, Tensor):
             return interop.apply_numpy(self, x, adjoint)
         if not (x.is_floating_point() or x.is_complex()):
-            raise DtypeError(f"{self._name(adjoint)} expects a floating point or complex tensor; got {x.dtype}; use x.float()")
+            raise DtypeError(
+                f"{self._name(adjoint)} expects a floating point or complex tensor; got {x.dtype}; use x.float()"
+            )
         if (self._real_range if adjoint else self._real_domain) and x.is_complex():
-            raise DtypeError(f"{self._name(adjoint)} acts on real tensors; got {x.dtype}; apply it to x.real and x.imag")
+            raise DtypeError(
+                f"{self._name(adjoint)} acts on real tensors; got {x.dtype}; apply it to x.real and x.imag"
+            )
         if not self._half and x.dtype in _HALF:
             return self._call(x.float(), adjoint).to(self._out_dtype(x.dtype, adjoint))
         dims = self.dimsd if adjoint else self.dims
@@ -144,7 +144,10 @@ class Operator(torch.nn.Module):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype that SciPy sees: as given, or that of the tensors held, or float64. It never converts data."""
+        """The NumPy dtype that SciPy sees: as given, or that of the tensors held, or float64.
+
+        It never converts data.
+        """
         if self._dtype is not None:
             return self._dtype
         dtype = torch.float64
@@ -185,10 +188,14 @@ class Operator(torch.nn.Module):
         return new
 
     def _cast(self, tensor: Tensor, x: Tensor) -> Tensor:
-        """A held tensor in the precision of `x` (complex stays complex). Cached where no derivative can be asked for."""
+        """A held tensor in the precision of `x` (complex stays complex).
+
+        Cached where no derivative can be asked for.
+        """
         if tensor.device != x.device:
             raise DeviceError(
-                f"{type(self).__name__} lies on {tensor.device}, its input on {x.device}; move one with .to({str(x.device)!r})"
+                f"{type(self).__name__} lies on {tensor.device}, its input on {x.device}; move one with "
+                f".to({str(x.device)!r})"
             )
         dtype = complex_of(x.dtype) if tensor.is_complex() else real_of(x.dtype)
         if tensor.dtype == dtype:
@@ -196,8 +203,16 @@ class Operator(torch.nn.Module):
         return self._cached(("cast", dtype), tensor, lambda t: t.to(dtype))
 
     def _cached(self, key: Any, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(tensor), kept until `tensor` is replaced or changed in place. Never kept where it may be differentiated."""
-        if torch.compiler.is_compiling() or not autograd._is_eager(tensor) or autograd.is_live(tensor) or tensor.is_inference():
+        """function(tensor), kept until `tensor` is replaced or changed in place.
+
+        Never kept where it may be differentiated.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or not autograd._is_eager(tensor)
+            or autograd.is_live(tensor)
+            or tensor.is_inference()
+        ):
             return function(tensor)
         entry = self.__dict__.setdefault("_cache", {}).get((key, id(tensor)))
         if entry is not None and entry[0] is tensor and entry[1] == tensor._version:
@@ -253,16 +268,21 @@ class Operator(torch.nn.Module):
     # Text ----------------------------------------------------------------------------------------------------------
 
     def _expression(self, level: int = 0) -> str:
-        """The operator as a formula; `level` is the binding strength of what surrounds it (1 sum, 2 product, 3 power)."""
+        """The operator as a formula; `level` is the binding strength of what surrounds it (1 sum, 2 product, 3
+        power).
+        """
         extra = self.extra_repr()
         return f"{type(self).__name__}({extra})"
 
     def extra_repr(self) -> str:
+        """What stands in the brackets of repr."""
         return f"{_show(self.dims)} -> {_show(self.dimsd)}" if self.dims != self.dimsd else _show(self.dims)
 
     def __repr__(self) -> str:
         kind = "LinearOperator" if self.linear else "Operator"
-        return f"<{self.shape[0]}x{self.shape[1]} {kind} {_show(self.dims)} -> {_show(self.dimsd)}: {self._expression()}>"
+        return (
+            f"<{self.shape[0]}x{self.shape[1]} {kind} {_show(self.dims)} -> {_show(self.dimsd)}: {self._expression()}>"
+        )
 
 
 class LinearOperator(Operator):
@@ -274,8 +294,8 @@ class LinearOperator(Operator):
         dtype: what `.dtype` reports to SciPy. It never converts data: the result's dtype follows the input.
 
     A subclass writes `_forward(x)` and `_adjoint(y)` on tensors of shape (..., *dims) and (..., *dimsd). They may leave
-    torch (NumPy, numba): the pair alone gives derivatives of every order. A class whose two methods are plain torch with
-    a good autograd sets `_native = True`; then gradients also reach every tensor that it holds.
+    torch (NumPy, numba): the pair alone gives derivatives of every order. A class whose two methods are plain torch
+    with a good autograd sets `_native = True`; then gradients also reach every tensor that it holds.
     """
 
     linear: ClassVar[bool] = True
@@ -283,6 +303,7 @@ class LinearOperator(Operator):
     _bridge_live: ClassVar[bool] = False  # True: even tensors that need gradients go through the bridge
     _has_range_derivatives: ClassVar[bool] = False
     _clinear: bool = True  # complex-linear; False for Real, Imag, Conj, real FFT, which are linear over the reals only
+    _handle: int  # the operator's name in traced graphs
     _delegates: bool = False  # made of other operators that hold tensors, so it must be differentiated part by part
 
     def __init__(self, dims: Dims, dimsd: Dims | None = None, *, dtype: Any = None) -> None:
@@ -317,11 +338,11 @@ class LinearOperator(Operator):
         return autograd.call(x, self, adjoint, tensors)
 
     def _forward_into(self, x: Tensor, out: Tensor) -> None:
-        """out = A x. Only where no graph is built; operators that can write in place override it."""
+        """Out = A x. Only where no graph is built; operators that can write in place override it."""
         out.copy_(self._forward(x))
 
     def _adjoint_add(self, y: Tensor, out: Tensor) -> None:
-        """out += A^H y. Only where no graph is built."""
+        """Out += A^H y. Only where no graph is built."""
         out.add_(self._adjoint(y))
 
     def _is_live(self, tensors: Sequence[Tensor] | None = None) -> bool:
@@ -331,7 +352,8 @@ class LinearOperator(Operator):
         return any(autograd.is_live(t) for t in tensors)
 
     def _range_derivative(self, i: int) -> LinearOperator | None:
-        """D_i with d(A x)/d theta_i [delta] = delta * (D_i x), where theta_i is the i-th held tensor, broadcastable to dimsd.
+        """D_i with d(A x)/d theta_i [delta] = delta * (D_i x), where theta_i is the i-th held tensor, broadcastable to
+        dimsd.
 
         D_i holds the same tensors in the same order and is kept alive by this operator. None: the derivative is zero.
         """
@@ -344,19 +366,19 @@ class LinearOperator(Operator):
     # Simplification: each returns the merged operator, or None where nothing better than the lazy form is known.
 
     def _compose_left(self, right: LinearOperator) -> LinearOperator | None:
-        """self @ right."""
+        """Self @ right."""
         return None
 
     def _compose_right(self, left: LinearOperator) -> LinearOperator | None:
-        """left @ self."""
+        """Left @ self."""
         return None
 
     def _add_left(self, right: LinearOperator) -> LinearOperator | None:
-        """self + right."""
+        """Self + right."""
         return None
 
     def _scale(self, factor: Any) -> LinearOperator | None:
-        """factor * self."""
+        """Factor * self."""
         return None
 
     def linearize(self, x: Tensor) -> LinearOperator:
@@ -395,7 +417,7 @@ class LinearOperator(Operator):
         return self.T
 
     def conj(self) -> LinearOperator:
-        """The conjugate: A.conj() x = conj(A conj(x))."""
+        """Conjugate the operator: x -> conj of A applied to the conjugate of x."""
         return algebra["conj"](self)
 
     @property
@@ -439,7 +461,10 @@ class LinearOperator(Operator):
     # Numbers about the operator ------------------------------------------------------------------------------------
 
     def todense(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
-        """The matrix of A, of shape (m, n), differentiable in what the operator holds. Cost: n applications, batched."""
+        """The matrix of A, of shape (m, n), differentiable in what the operator holds.
+
+        Cost: n applications, batched.
+        """
         return spectrum.todense(self, dtype, device)
 
     def norm(self, maxiter: int = 100, rtol: float = 1e-6) -> float:
@@ -480,7 +505,6 @@ class LinearOperator(Operator):
 
 
 _TRANSIENT = {"_handle", "_cache", "_adjoint_ref"}
-_TORCH_MULTIPLY = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.multiply, torch.Tensor.multiply}
 
 
 def _show(dims: tuple[int, ...]) -> str:

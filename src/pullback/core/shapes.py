@@ -32,7 +32,9 @@ def as_axis(axis: Any, n_axes: int, owner: str, name: str = "axis") -> int:
     except TypeError:
         raise ArgumentError(f"{owner}: {name} must be an int; got {axis!r}") from None
     if not -n_axes <= value < n_axes:
-        raise ArgumentError(f"{owner}: {name} must lie in [{-n_axes}, {n_axes - 1}] for dims of {n_axes} axes; got {axis}")
+        raise ArgumentError(
+            f"{owner}: {name} must lie in [{-n_axes}, {n_axes - 1}] for dims of {n_axes} axes; got {axis}"
+        )
     return value - n_axes if value >= 0 else value
 
 

@@ -171,7 +171,10 @@ def cond(op: LinearOperator, **kwargs: Any) -> float:
 
 
 def trace(op: LinearOperator, neval: int | None = None, method: str = "explicit", seed: int = 0) -> Tensor:
-    """The trace, exactly or by random probing (Hutchinson 1990; Hutch++: Meyer et al. 2021, doi 10.1137/1.9781611976496.16)."""
+    """The trace, exactly or by random probing (Hutchinson 1990; Hutch++: Meyer et al.
+
+    2021, doi 10.1137/1.9781611976496.16).
+    """
     m, n = op.shape
     if m != n:
         raise ArgumentError(f"trace: the operator must be square; got shape {op.shape}")
@@ -182,7 +185,9 @@ def trace(op: LinearOperator, neval: int | None = None, method: str = "explicit"
     dtype, device = torch_dtype(op.dtype), device_of(op)
     neval = max(3, n // 10) if neval is None else neval
     if neval < (3 if method == "hutch++" else 1):
-        raise ArgumentError(f"trace: neval must be at least {3 if method == 'hutch++' else 1} for {method}; got {neval}")
+        raise ArgumentError(
+            f"trace: neval must be at least {3 if method == 'hutch++' else 1} for {method}; got {neval}"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def signs(k: int) -> Tensor:

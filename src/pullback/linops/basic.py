@@ -123,7 +123,8 @@ class Diagonal(LinearOperator):
     """y = d x, element by element.
 
     Args:
-        diag: the diagonal d, with gradient if it requires grad: shape dims, or one axis that is broadcast along the others.
+        diag: the diagonal d, with gradient if it requires grad: shape dims, or one axis that is broadcast along the
+            others.
         dims: input shape; as diag if None.
         axis: which axis of dims a one-dimensional `diag` belongs to.
         dtype: what `.dtype` reports.
@@ -204,12 +205,14 @@ class Restriction(LinearOperator):
             index = index.nonzero().flatten()
         if index.ndim != 1 or index.numel() == 0 or index.is_floating_point() or index.is_complex():
             raise ArgumentError(
-                f"Restriction: iava must be a non-empty list of integer indices; got {index.dtype} of shape {tuple(index.shape)}"
+                f"Restriction: iava must be a non-empty list of integer indices; got {index.dtype} of shape "
+                f"{tuple(index.shape)}"
             )
         n = shape[a]
         if int(index.min()) < -n or int(index.max()) >= n:
             raise ArgumentError(
-                f"Restriction: iava must lie in [{-n}, {n - 1}]; got values from {int(index.min())} to {int(index.max())}"
+                f"Restriction: iava must lie in [{-n}, {n - 1}]; got values from {int(index.min())} to "
+                f"{int(index.max())}"
             )
         out = list(shape)
         out[a] = index.numel()
@@ -227,7 +230,7 @@ class Restriction(LinearOperator):
         return y.new_zeros(shape).index_add(self.axis, self.iava, y)
 
     def mask(self, x: Tensor) -> Tensor:
-        """x where it is sampled, zero elsewhere; shape (..., *dims)."""
+        """X where it is sampled, zero elsewhere; shape (..., *dims)."""
         seen = torch.zeros(self.dims[self.axis], dtype=torch.bool, device=self.iava.device)
         seen[self.iava] = True
         return x * seen.reshape(-1, *(1,) * (-self.axis - 1))
@@ -259,7 +262,9 @@ class Pad(LinearOperator):
         shape = as_dims(dims, "dims", "Pad")
         pairs: Any = [pad] if all(isinstance(p, int) for p in pad) else list(pad)
         if len(pairs) != len(shape) or any(len(p) != 2 or min(p) < 0 for p in pairs):
-            raise ArgumentError(f"Pad: pad must be one (before, after) pair of sizes >= 0 for each of {len(shape)} axes; got {pad}")
+            raise ArgumentError(
+                f"Pad: pad must be one (before, after) pair of sizes >= 0 for each of {len(shape)} axes; got {pad}"
+            )
         super().__init__(shape, [n + int(a) + int(b) for n, (a, b) in zip(shape, pairs, strict=True)], dtype=dtype)
         self.pad = tuple((int(a), int(b)) for a, b in pairs)
 
@@ -299,7 +304,8 @@ class Flip(LinearOperator):
     def _forward(self, x: Tensor) -> Tensor:
         return x.flip(self.axes)
 
-    _adjoint = _forward
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._forward(y)
 
     def _norm_bound(self) -> float:
         return 1.0
@@ -542,7 +548,8 @@ class Conj(_RealLinear):
     def _forward(self, x: Tensor) -> Tensor:
         return torch.conj_physical(x) if x.is_complex() else x
 
-    _adjoint = _forward
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._forward(y)
 
 
 def _flip_dtype(dtype: torch.dtype, adjoint: bool) -> torch.dtype:

@@ -12,8 +12,7 @@ from torch import Tensor
 from pullback.core.errors import ArgumentError
 from pullback.core.operator import LinearOperator
 from pullback.core.shapes import Dims, as_axes, as_axis, as_dims, per_axis
-from pullback.linops import stencil
-from pullback.linops.stencil import Stencil
+from pullback.linops.stencil import Stencil, apply_stencil
 
 _KINDS = ("forward", "backward", "centered")
 _FIFTH = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}
@@ -89,7 +88,7 @@ class _Stencils(LinearOperator):
         n = len(self.dims)
         for k, (axis, s, _) in enumerate(self._terms):
             part = out.select(-n - 1, k) if self._stacked else out
-            stencil.apply(s, x, axis, part, add=k > 0 and not self._stacked)
+            apply_stencil(s, x, axis, part, add=k > 0 and not self._stacked)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         batch = y.shape[: y.ndim - len(self.dimsd)]
@@ -103,7 +102,7 @@ class _Stencils(LinearOperator):
     def _pull(self, y: Tensor, out: Tensor, add: bool) -> None:
         n = len(self.dims)
         for k, (axis, _, s) in enumerate(self._terms):
-            stencil.apply(s, y.select(-n - 1, k) if self._stacked else y, axis, out, add=add or k > 0)
+            apply_stencil(s, y.select(-n - 1, k) if self._stacked else y, axis, out, add=add or k > 0)
 
     def _norm_bound(self) -> float:
         bounds = [s.norm_bound for _, s, _ in self._terms]
@@ -257,9 +256,7 @@ class Gradient(_Stencils):
     ) -> None:
         shape = as_dims(dims, "dims", "Gradient")
         h = per_axis(sampling, len(shape), "Gradient", "sampling")
-        terms = [
-            (k - len(shape), _first(shape[k], h[k], kind, edge, 3, "Gradient")) for k in range(len(shape))
-        ]
+        terms = [(k - len(shape), _first(shape[k], h[k], kind, edge, 3, "Gradient")) for k in range(len(shape))]
         super().__init__(shape, terms, True, dtype)
 
     @classmethod

@@ -25,9 +25,9 @@ class FunctionOperator(LinearOperator):
         batched: f and fc accept leading batch axes. Otherwise they are called once for each member of a batch.
         dtype: what `.dtype` reports.
 
-    Without `fc` the adjoint is derived from f by reverse-mode differentiation, so f must be torch code. That f is linear
-    is not verified: `pullback.check` does. Raises: ArgumentError; NotDifferentiableError if f uses a tensor that requires
-    grad (its gradient would be lost).
+    Without `fc` the adjoint is derived from f by reverse-mode differentiation, so f must be torch code. That f is
+    linear is not verified: `pullback.check` does. Raises: ArgumentError; NotDifferentiableError if f uses a tensor that
+    requires grad (its gradient would be lost).
     """
 
     _half = False
@@ -49,10 +49,12 @@ class FunctionOperator(LinearOperator):
             return self._each(self._fc, y, self.dimsd, self.dims)
         batch = y.shape[: y.ndim - len(self.dimsd)] if self.batched else ()
         zero = torch.zeros((*batch, *self.dims), dtype=y.dtype, device=y.device)
-        _, pull = torch.func.vjp(lambda x: self._each(self._f, x, self.dims, self.dimsd), zero)
+        pull = torch.func.vjp(lambda x: self._each(self._f, x, self.dims, self.dimsd), zero)[1]
         return self._each(lambda g: pull(g)[0], y, self.dimsd, self.dims)
 
-    def _each(self, function: Callable[[Tensor], Any], x: Tensor, dims: tuple[int, ...], dimsd: tuple[int, ...]) -> Tensor:
+    def _each(
+        self, function: Callable[[Tensor], Any], x: Tensor, dims: tuple[int, ...], dimsd: tuple[int, ...]
+    ) -> Tensor:
         batch = x.shape[: x.ndim - len(dims)]
         x = x.resolve_conj().resolve_neg()
         if self.batched or not batch:
@@ -68,6 +70,7 @@ class FunctionOperator(LinearOperator):
         return y.clone() if y is x else y
 
     def extra_repr(self) -> str:
+        """What stands in the brackets of repr."""
         return f"{getattr(self._f, '__name__', type(self._f).__name__)}, {super().extra_repr()}"
 
     @classmethod
@@ -98,14 +101,15 @@ class TorchOperator(LinearOperator):
     """y = A x for a foreign operator A, with derivatives of every order.
 
     Args:
-        op: one of: a pullback operator; a PyLops operator; a `scipy.sparse.linalg.LinearOperator`; a `scipy.sparse` matrix;
+        op: one of: a pullback operator; a PyLops operator; a `scipy.sparse.linalg.LinearOperator`; a `scipy.sparse`
+            matrix;
             a matrix (tensor or array); any object with `shape`, `matvec` and `rmatvec`; a pair of NumPy functions
             (forward, adjoint) on flat vectors, with `dims` and `dimsd`.
         batch: allow leading batch axes.
-        flatten: accept flat vectors (..., n) besides (..., *dims); the result is flat where the input was. If False, only
-            (..., *dims) is accepted.
-        device: where a foreign operator computes: "cpu" for anything that works on NumPy arrays. Tensors travel there and
-            back; the result lies where the input lay.
+        flatten: accept flat vectors (..., n) besides (..., *dims); the result is flat where the input was. If False,
+            only (..., *dims) is accepted.
+        device: where a foreign operator computes: "cpu" for anything that works on NumPy arrays. Tensors travel there
+            and back; the result lies where the input lay.
         dims, dimsd: shapes, for a pair of functions.
         dtype: what `.dtype` reports.
 
@@ -150,14 +154,25 @@ class TorchOperator(LinearOperator):
         return self.op._run(y, True) if self._foreign is None else self._compute(y, True)
 
     def _call(self, x: Any, adjoint: bool) -> Any:
+        if not (self.batch and self.flatten) and isinstance(x, (Tensor, np.ndarray)):
+            self._refuse_layout(tuple(x.shape), adjoint)
+        return super()._call(x, adjoint)
+
+    def _refuse_layout(self, shape: tuple[int, ...], adjoint: bool) -> None:
         dims = self.dimsd if adjoint else self.dims
-        shape = tuple(getattr(x, "shape", ()))
+        if shape == dims:
+            return
         shaped = shape[-len(dims) :] == dims
         if not self.flatten and not shaped:
-            raise ShapeError(f"{self._name(adjoint)} with flatten=False expects shape (..., {', '.join(map(str, dims))}); got {shape}")
+            raise ShapeError(
+                f"{self._name(adjoint)} with flatten=False expects shape (..., {', '.join(map(str, dims))}); got "
+                f"{shape}"
+            )
         if not self.batch and len(shape) > (len(dims) if shaped else 1):
-            raise ShapeError(f"{self._name(adjoint)} with batch=False expects shape {dims} or ({size(dims)},); got {shape}; pass batch=True")
-        return super()._call(x, adjoint)
+            raise ShapeError(
+                f"{self._name(adjoint)} with batch=False expects shape {dims} or ({size(dims)},); got {shape}; "
+                f"pass batch=True"
+            )
 
     def apply(self, x: Any) -> Any:
         """A x. (A function is applied to every submodule, as `torch.nn.Module.apply` does.)"""
@@ -171,23 +186,28 @@ class TorchOperator(LinearOperator):
         foreign = self._foreign
         assert foreign is not None, "a foreign operator is missing; please report"
         dims, dimsd = (self.dimsd, self.dims) if adjoint else (self.dims, self.dimsd)
-        batch = x.shape[: x.ndim - len(dims)]
-        array = x.to(self.device).resolve_conj().resolve_neg().numpy()
-        rows = array.reshape(-1, size(dims)) if batch else array.reshape(1, size(dims))
-        if array.dtype.kind == "c" and not foreign.complex and foreign.clinear:
-            real, imag = foreign.rows(rows.real, adjoint), foreign.rows(rows.imag, adjoint)
-            out = real + 1j * imag
+        n, m = self.shape if adjoint else (self.shape[1], self.shape[0])
+        device, dtype = x.device, self._out_dtype(x.dtype, adjoint)
+        if device != self.device:
+            x = x.to(self.device)
+        if x.is_complex():
+            x = x.resolve_conj()
+        array = x.resolve_neg().numpy()
+        rows = array.reshape(-1, n)
+        if x.is_complex() and not foreign.complex and foreign.clinear:
+            out: np.ndarray = foreign.rows(rows.real, adjoint, m) + 1j * foreign.rows(rows.imag, adjoint, m)
         else:
-            out = foreign.rows(rows, adjoint)
-        dtype = self._out_dtype(x.dtype, adjoint)
+            out = foreign.rows(rows, adjoint, m)
         if out.dtype.kind == "c" and not dtype.is_complex:
             out = out.real
-        if out.shape != (rows.shape[0], size(dimsd)):
-            raise ShapeError(f"{self._name(adjoint)}: the wrapped {foreign.name} returned shape {out.shape[1:]}, not ({size(dimsd)},)")
-        y = torch.from_numpy(np.ascontiguousarray(out)).to(dtype)
         if np.may_share_memory(out, array):
-            y = y.clone()
-        return y.reshape(*batch, *dimsd).to(x.device)
+            out = out.copy()
+        y = torch.from_numpy(np.ascontiguousarray(out))
+        if y.dtype != dtype:
+            y = y.to(dtype)
+        shape = dimsd if x.ndim == len(dims) else (*x.shape[: x.ndim - len(dims)], *dimsd)
+        y = y.view(shape)
+        return y if device == self.device else y.to(device)
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         if self._foreign is None:
@@ -200,6 +220,7 @@ class TorchOperator(LinearOperator):
         return self.op._norm_bound() if self._foreign is None else None
 
     def extra_repr(self) -> str:
+        """What stands in the brackets of repr."""
         name = self.op._expression() if self._foreign is None else self._foreign.name
         return f"{name}, {super().extra_repr()}"
 
@@ -216,7 +237,9 @@ class TorchOperator(LinearOperator):
 class _Foreign:
     """What a foreign operator looks like from here: rows of a 2-D array in, rows of a 2-D array out."""
 
-    def __init__(self, op: Any, forward: Any, adjoint: Any, dims: Any, dimsd: Any, *, dtype: Any, clinear: bool = True) -> None:
+    def __init__(
+        self, op: Any, forward: Any, adjoint: Any, dims: Any, dimsd: Any, *, dtype: Any, clinear: bool = True
+    ) -> None:
         self.op, self._forward, self._adjoint = op, forward, adjoint
         self.dims = as_dims(dims, "dims", "TorchOperator")
         self.dimsd = as_dims(dimsd, "dimsd", "TorchOperator")
@@ -225,22 +248,28 @@ class _Foreign:
         self.clinear = clinear
         self.name = type(op).__name__ if not isinstance(op, tuple) else "functions"
 
-    def rows(self, x: np.ndarray, adjoint: bool) -> np.ndarray:
-        """The operator applied to every row of `x`."""
+    def rows(self, x: np.ndarray, adjoint: bool, m: int) -> np.ndarray:
+        """The operator applied to every row of `x`; rows of m elements."""
         function = self._adjoint if adjoint else self._forward
         if function is None:
-            raise NotDifferentiableError(f"TorchOperator: the wrapped {self.name} has no adjoint (rmatvec), so no gradient exists")
+            raise NotDifferentiableError(
+                f"TorchOperator: the wrapped {self.name} has no adjoint (rmatvec), so no gradient exists"
+            )
         if isinstance(function, _Columns):
             return function(x)
         try:
-            results = [np.asarray(function(row)).reshape(-1) for row in x]
+            results = [np.asarray(function(row)) for row in x]
         except NotImplementedError:
             raise NotDifferentiableError(
-                f"TorchOperator: the wrapped {self.name} does not implement its {'adjoint (rmatvec)' if adjoint else 'matvec'}"
+                f"TorchOperator: the wrapped {self.name} does not implement its "
+                f"{'adjoint (rmatvec)' if adjoint else 'matvec'}"
             ) from None
-        if not results:
-            return np.zeros((0, size(self.dims if adjoint else self.dimsd)), x.dtype)
-        return results[0][None] if len(results) == 1 else np.stack(results)
+        for r in results:
+            if r.size != m:
+                raise ShapeError(f"TorchOperator: the wrapped {self.name} returned {r.size} elements, expected {m}")
+        if len(results) == 1:
+            return results[0].reshape(1, m)
+        return np.stack(results).reshape(-1, m) if results else np.zeros((0, m), x.dtype)
 
 
 class _Columns:
@@ -256,18 +285,24 @@ class _Columns:
 def _wrap(op: Any, dims: Dims | None, dimsd: Dims | None) -> Any:
     """The kind of `op`, as a LinearOperator or a _Foreign."""
     if not isinstance(op, tuple) and (dims is not None or dimsd is not None):
-        raise ArgumentError("TorchOperator: dims and dimsd belong to a pair of functions; the operator given has its own")
+        raise ArgumentError(
+            "TorchOperator: dims and dimsd belong to a pair of functions; the operator given has its own"
+        )
     if isinstance(op, LinearOperator):
         return op
     if isinstance(op, (Tensor, np.ndarray)):
         return MatrixMult(op)
     if isinstance(op, tuple):
         if len(op) != 2 or not callable(op[0]) or not (op[1] is None or callable(op[1])) or dims is None:
-            raise ArgumentError("TorchOperator: a pair (forward, adjoint) of functions needs dims=... (and dimsd=... if it differs)")
+            raise ArgumentError(
+                "TorchOperator: a pair (forward, adjoint) of functions needs dims=... (and dimsd=... if it differs)"
+            )
         return _Foreign(op, op[0], op[1], dims, dims if dimsd is None else dimsd, dtype=None)
     if hasattr(op, "tocsr"):
         matrix = op.tocsr()
-        return _Foreign(op, _Columns(matrix), _Columns(matrix.conj().T.tocsr()), op.shape[1], op.shape[0], dtype=op.dtype)
+        return _Foreign(
+            op, _Columns(matrix), _Columns(matrix.conj().T.tocsr()), op.shape[1], op.shape[0], dtype=op.dtype
+        )
     if hasattr(op, "matvec") and hasattr(op, "shape"):
         m, n = op.shape
         inner, outer = getattr(op, "dims", n), getattr(op, "dimsd", m)
@@ -275,7 +310,8 @@ def _wrap(op: Any, dims: Dims | None, dimsd: Dims | None) -> Any:
         clinear = bool(getattr(op, "clinear", True))
         return _Foreign(op, op.matvec, rmatvec, inner, outer, dtype=getattr(op, "dtype", None), clinear=clinear)
     raise ArgumentError(
-        f"TorchOperator: op must be an operator, a matrix, an object with shape, matvec and rmatvec, or a pair of functions; "
+        f"TorchOperator: op must be an operator, a matrix, an object with shape, matvec and rmatvec, or a pair of "
+        f"functions; "
         f"got {type(op).__name__}"
     )
 

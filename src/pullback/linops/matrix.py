@@ -19,8 +19,8 @@ class MatrixMult(LinearOperator):
     """y = A x for a matrix A, dense or sparse.
 
     Args:
-        A: tensor or array of shape (m, n), `scipy.sparse` matrix or torch sparse tensor. If its values require grad, they
-            get their gradient.
+        A: tensor or array of shape (m, n), `scipy.sparse` matrix or torch sparse tensor. If its values require grad,
+            they get their gradient.
         otherdims: further axes of x, on which the matrix acts column by column: x has shape (..., n, *otherdims).
         dtype: what `.dtype` reports.
 
@@ -92,7 +92,8 @@ class MatrixMult(LinearOperator):
         """The operator of the inverse matrix. Raises: ArgumentError if A is sparse or not square."""
         if self.is_sparse or self.shape[0] != self.shape[1]:
             raise ArgumentError(
-                f"MatrixMult.inv needs a dense square matrix; got {'sparse' if self.is_sparse else 'dense'} {self.shape}; "
+                f"MatrixMult.inv needs a dense square matrix; got {'sparse' if self.is_sparse else 'dense'} "
+                f"{self.shape}; "
                 f"solve with pullback.lsqr instead"
             )
         return MatrixMult(torch.linalg.inv(self.A), self.dims[1:] or None)

@@ -16,7 +16,6 @@ from pullback.core.shapes import size
 from pullback.linops.basic import Identity
 from pullback.linops.derivative import FirstDerivative
 from pullback.linops.foreign import as_operator
-from pullback.linops.matrix import MatrixMult
 
 
 def _operators(ops: Iterable[Any], owner: str) -> tuple[LinearOperator, ...]:
@@ -51,7 +50,9 @@ class VStack(Composite):
     def __init__(self, ops: Iterable[Any], *, dtype: Any = None) -> None:
         parts = _operators(ops, type(self).__name__)
         if len({p.shape[1] for p in parts}) != 1:
-            raise ShapeError(f"{type(self).__name__}: ops must have equally many columns; got {[p.shape for p in parts]}")
+            raise ShapeError(
+                f"{type(self).__name__}: ops must have equally many columns; got {[p.shape for p in parts]}"
+            )
         super().__init__(_common([p.dims for p in parts]), sum(p.shape[0] for p in parts), dtype=dtype)
         self._consist(parts)
         self._real_domain = any(p._real_domain for p in parts)
@@ -181,7 +182,8 @@ class BlockDiag(Composite):
     """y_i = A_i x_i.
 
     Args:
-        ops: operators (or matrices). If all have the same dims, x has shape (len(ops), *dims), else it is flat; so has y.
+        ops: operators (or matrices). If all have the same dims, x has shape (len(ops), *dims), else it is flat; so has
+            y.
         dtype: what `.dtype` reports.
 
     Raises: ArgumentError.
@@ -210,7 +212,9 @@ class BlockDiag(Composite):
             results.append(y.reshape(*batch, y.shape[len(batch) :].numel()))
         if len({r.dtype for r in results}) > 1:
             dtype = self._out_dtype(x.dtype, adjoint)
-            results = [r.to(dtype) if r.is_complex() == dtype.is_complex or dtype.is_complex else r.real for r in results]
+            results = [
+                r.to(dtype) if r.is_complex() == dtype.is_complex or dtype.is_complex else r.real for r in results
+            ]
         return torch.cat(results, -1).reshape(*batch, *dimsd)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -251,7 +255,9 @@ class Kronecker(Composite):
         a, b = _operators((Op1, Op2), "Kronecker")
         super().__init__((*a.dims, *b.dims), (*a.dimsd, *b.dimsd), dtype=dtype)
         if not (a._clinear and b._clinear):
-            raise ArgumentError("Kronecker: both operators must be complex-linear; got one that is linear over the reals only")
+            raise ArgumentError(
+                "Kronecker: both operators must be complex-linear; got one that is linear over the reals only"
+            )
         self._consist((a, b))
 
     def _forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Stencil:
-    """A banded n x n matrix: `taps` (offset -> weight) on rows start..stop-1, `rows` (row -> column -> weight) elsewhere."""
+    """A banded n x n matrix: `taps` (offset -> weight) on rows start..stop-1, `rows` (row -> column -> weight)
+    elsewhere.
+    """
 
     n: int
     taps: Mapping[int, float]
@@ -43,9 +45,7 @@ class Stencil:
         rows: dict[int, dict[int, float]] = {}
         edges = [i for i in (*range(min(start, self.n)), *range(max(stop, 0), self.n))]
         for j in edges:
-            column = {
-                j - t: w for t, w in self.taps.items() if self.start <= j - t < self.stop and 0 <= j - t < self.n
-            }
+            column = {j - t: w for t, w in self.taps.items() if self.start <= j - t < self.stop and 0 <= j - t < self.n}
             for i, columns in self.rows.items():
                 if j in columns:
                     column[i] = column.get(i, 0.0) + columns[j]
@@ -64,13 +64,13 @@ class Stencil:
         return math.sqrt(self.row_sum * self.transposed.row_sum)
 
     def scaled(self, factor: float) -> Stencil:
-        """factor times the matrix."""
+        """Factor times the matrix."""
         rows = {i: {j: factor * w for j, w in columns.items()} for i, columns in self.rows.items()}
         return Stencil(self.n, {t: factor * w for t, w in self.taps.items()}, self.start, self.stop, rows)
 
 
-def apply(stencil: Stencil, x: Tensor, axis: int, out: Tensor, add: bool = False) -> None:
-    """out = A x, or out += A x, along `axis` (counted from the end) of tensors of equal shape; `out` may be a slice."""
+def apply_stencil(stencil: Stencil, x: Tensor, axis: int, out: Tensor, add: bool = False) -> None:
+    """Out = A x, or out += A x, along `axis` (counted from the end) of tensors of equal shape; `out` may be a slice."""
     axis = x.ndim + axis
     n, inner = x.shape[axis], math.prod(x.shape[axis + 1 :])
     outer = math.prod(x.shape[:axis])
@@ -82,7 +82,7 @@ def apply(stencil: Stencil, x: Tensor, axis: int, out: Tensor, add: bool = False
         merged = out.view(outer, *out.shape[axis:])
     except RuntimeError:
         for part, result in zip(x.unbind(0), out.unbind(0), strict=True):
-            apply(stencil, part, axis - x.ndim, result, add)
+            apply_stencil(stencil, part, axis - x.ndim, result, add)
         return
     x = x.reshape(outer, *x.shape[axis:])
     step = max(1, _BLOCK // (n * inner))

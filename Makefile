@@ -1,0 +1,49 @@
+# Each target works alone on a fresh clone: it makes the virtual environment, installs with the pinned versions, then works.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test quick lint types bench-operators bench-xray clean
+
+demo: $(VENV)/.imaging
+	$(BIN)/pullback demo --out demo-output
+
+test: lint types
+	$(BIN)/python -m pytest -n 2
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench-operators: $(VENV)/.dev
+	$(BIN)/python benchmarks/operators.py
+
+bench-xray: $(VENV)/.bench
+	$(BIN)/python benchmarks/xray.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pullback needs Python 3.11 or newer; set PYTHON=/path/to/it"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.imaging: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[imaging]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) --editable '.[dev,bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
