@@ -7,7 +7,7 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import pylops  # noqa: F401
-    import torch._decomp.decompositions_for_jvp  # noqa: F401  (uses the deprecated torch.jit.script)
+    import torch._decomp.decompositions_for_jvp
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ def test_kit_passes_on_algebra(i):
     pb.check(algebra_examples()[i]).raise_if_failed()
 
 
-# Mutants: each breaks one promise and must be caught by the test that guards it. ---------------------------------------
+# Mutants: each breaks one promise and must be caught by the test that guards it. ------------------------------------
 
 M = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -176,7 +176,7 @@ class TestAlgebra:
         assert (none + A) is A
         assert (A + none) is A
         assert isinstance(A.H @ none, pb.Zero)
-        assert (-(-A)) is A
+        assert ((-1) * (-A)) is A
         d, e = pb.Diagonal(rand(4)), pb.Diagonal(rand(4))
         assert isinstance(d @ e, pb.Diagonal)
         assert isinstance(2 * d + e + one, pb.Diagonal)

@@ -135,7 +135,9 @@ class _Bridge(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, op: LinearOperator, adjoint: bool, *tensors: Tensor) -> Tensor:  # type: ignore[override]
         y = _evaluate(x, op, adjoint, tensors)
-        return y.clone() if y is x else y
+        if y is x:
+            return y.clone()
+        return y.detach() if y._is_view() else y  # torch forbids writing into a view that a Function returns
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
