@@ -81,4 +81,4 @@ y.sum().backward()
 
 # The window holds 25 pixels: away from the border a pixel is the mean of its neighbourhood.
 mean = images[1, 0, 8:13, 20:25].mean()
-assert abs(float(y[1, 10, 22] - mean)) < 1e-6
+assert abs((y[1, 10, 22] - mean).item()) < 1e-6
