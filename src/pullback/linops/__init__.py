@@ -13,6 +13,9 @@ from pullback.linops.basic import Sum as Sum
 from pullback.linops.basic import Symmetrize as Symmetrize
 from pullback.linops.basic import Transpose as Transpose
 from pullback.linops.basic import Zero as Zero
+from pullback.linops.convolve import Convolve1D as Convolve1D
+from pullback.linops.convolve import Convolve2D as Convolve2D
+from pullback.linops.convolve import ConvolveND as ConvolveND
 from pullback.linops.derivative import CausalIntegration as CausalIntegration
 from pullback.linops.derivative import FirstDerivative as FirstDerivative
 from pullback.linops.derivative import Gradient as Gradient
@@ -20,7 +23,15 @@ from pullback.linops.derivative import Laplacian as Laplacian
 from pullback.linops.derivative import SecondDerivative as SecondDerivative
 from pullback.linops.foreign import FunctionOperator as FunctionOperator
 from pullback.linops.foreign import TorchOperator as TorchOperator
+from pullback.linops.fourier import FFT as FFT
+from pullback.linops.fourier import FFT2D as FFT2D
+from pullback.linops.fourier import FFTND as FFTND
+from pullback.linops.interp import Bilinear as Bilinear
+from pullback.linops.interp import Interp as Interp
 from pullback.linops.matrix import MatrixMult as MatrixMult
+from pullback.linops.smoothing import Smoothing1D as Smoothing1D
+from pullback.linops.smoothing import Smoothing2D as Smoothing2D
+from pullback.linops.smoothing import SmoothingND as SmoothingND
 from pullback.linops.stack import Block as Block
 from pullback.linops.stack import BlockDiag as BlockDiag
 from pullback.linops.stack import HStack as HStack

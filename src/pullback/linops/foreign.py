@@ -176,7 +176,7 @@ class TorchOperator(LinearOperator):
 
     def apply(self, x: Any) -> Any:
         """A x. (A function is applied to every submodule, as `torch.nn.Module.apply` does.)"""
-        return super().apply(x) if callable(x) and not isinstance(x, (Tensor, np.ndarray)) else self(x)
+        return super().apply(x) if callable(x) and not isinstance(x, (Tensor, np.ndarray)) else self._call(x, False)
 
     def adjoint(self, y: Any = None) -> Any:
         """A^H y; without an argument the adjoint operator."""
