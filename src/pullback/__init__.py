@@ -1,5 +1,6 @@
 """pullback: differentiable operators for inverse problems, on PyTorch."""
 
+from pullback import imaging as imaging
 from pullback.core import algebra as _algebra  # noqa: F401  fills the table of what operators do with each other
 from pullback.core.check import CheckError as CheckError
 from pullback.core.check import CheckReport as CheckReport
@@ -14,4 +15,60 @@ from pullback.core.errors import PullbackError as PullbackError
 from pullback.core.errors import ShapeError as ShapeError
 from pullback.core.operator import LinearOperator as LinearOperator
 from pullback.core.operator import Operator as Operator
-from pullback.linops import *  # noqa: F403
+from pullback.functionals import L1 as L1
+from pullback.functionals import L2 as L2
+from pullback.functionals import L21 as L21
+from pullback.functionals import TV as TV
+from pullback.functionals import Box as Box
+from pullback.functionals import Functional as Functional
+from pullback.functionals import SquaredL2 as SquaredL2
+from pullback.linops import FFT as FFT
+from pullback.linops import FFT2D as FFT2D
+from pullback.linops import FFTND as FFTND
+from pullback.linops import Bilinear as Bilinear
+from pullback.linops import Block as Block
+from pullback.linops import BlockDiag as BlockDiag
+from pullback.linops import CausalIntegration as CausalIntegration
+from pullback.linops import Conj as Conj
+from pullback.linops import Convolve1D as Convolve1D
+from pullback.linops import Convolve2D as Convolve2D
+from pullback.linops import ConvolveND as ConvolveND
+from pullback.linops import Diagonal as Diagonal
+from pullback.linops import FirstDerivative as FirstDerivative
+from pullback.linops import Flip as Flip
+from pullback.linops import FunctionOperator as FunctionOperator
+from pullback.linops import Gradient as Gradient
+from pullback.linops import HStack as HStack
+from pullback.linops import Identity as Identity
+from pullback.linops import Imag as Imag
+from pullback.linops import Interp as Interp
+from pullback.linops import Kronecker as Kronecker
+from pullback.linops import Laplacian as Laplacian
+from pullback.linops import MatrixMult as MatrixMult
+from pullback.linops import Pad as Pad
+from pullback.linops import Real as Real
+from pullback.linops import Restriction as Restriction
+from pullback.linops import Roll as Roll
+from pullback.linops import SecondDerivative as SecondDerivative
+from pullback.linops import Smoothing1D as Smoothing1D
+from pullback.linops import Smoothing2D as Smoothing2D
+from pullback.linops import SmoothingND as SmoothingND
+from pullback.linops import Sum as Sum
+from pullback.linops import Symmetrize as Symmetrize
+from pullback.linops import TorchOperator as TorchOperator
+from pullback.linops import Transpose as Transpose
+from pullback.linops import VStack as VStack
+from pullback.linops import Zero as Zero
+from pullback.solvers import ConvergenceError as ConvergenceError
+from pullback.solvers import Solution as Solution
+from pullback.solvers import Status as Status
+from pullback.solvers import cg as cg
+from pullback.solvers import cgls as cgls
+from pullback.solvers import fista as fista
+from pullback.solvers import ista as ista
+from pullback.solvers import landweber as landweber
+from pullback.solvers import lsqr as lsqr
+from pullback.solvers import pdhg as pdhg
+from pullback.solvers import solve as solve
+
+__version__ = "0.1.0"

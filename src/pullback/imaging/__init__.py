@@ -1,0 +1,11 @@
+"""Imaging: physics as operators, and what belongs around them."""
+
+from pullback.imaging.calibrate import Calibration as Calibration
+from pullback.imaging.calibrate import calibrate as calibrate
+from pullback.imaging.fbp import fbp as fbp
+from pullback.imaging.metrics import psnr as psnr
+from pullback.imaging.metrics import rmse as rmse
+from pullback.imaging.metrics import ssim as ssim
+from pullback.imaging.noise import noise_level as noise_level
+from pullback.imaging.noise import noise_transmission as noise_transmission
+from pullback.imaging.xray import XRayTransform as XRayTransform
