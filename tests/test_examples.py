@@ -33,4 +33,4 @@ def test_readme(tmp_path):
 
 def test_readme_names_only_make_targets_that_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"make ([\w-]+)", (ROOT / "README.md").read_text())) <= targets
+    assert set(re.findall(r"(?m)(?:^|`)make ([\w-]+)", (ROOT / "README.md").read_text())) <= targets
