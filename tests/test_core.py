@@ -272,6 +272,13 @@ class TestNumbers:
         ):
             assert op.norm_bound() >= float(torch.linalg.matrix_norm(op.todense(), 2))
 
+    def test_bound_is_kept_until_a_tensor_changes(self):
+        A = pb.MatrixMult(M.clone())
+        first = A.norm_bound()
+        assert A.norm_bound() == first
+        A.A.mul_(10)
+        assert A.norm_bound() >= 10 * float(torch.linalg.matrix_norm(M, 2))
+
     def test_zero(self):
         assert pb.Zero(4).norm() == 0
         assert pb.Zero(4).norm_bound() == 0

@@ -184,6 +184,13 @@ def test_bad_arguments():
         pb.TorchOperator((forward, adjoint), dims=10, dimsd=5)(torch.ones(10))
 
 
+def test_device():
+    ours = pb.TorchOperator(pb.MatrixMult(MATRIX), device="meta")
+    assert next(ours.buffers()).device.type == "meta"
+    with pytest.raises(pb.ArgumentError, match="computes on NumPy arrays, so device must be 'cpu'; got 'cuda'"):
+        pb.TorchOperator(sp.csr_matrix(MATRIX), device="cuda")
+
+
 def test_module_apply_still_walks_modules():
     seen = []
     torch.nn.Sequential(pb.TorchOperator(np.eye(2))).apply(lambda m: seen.append(type(m).__name__))

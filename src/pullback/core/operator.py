@@ -472,8 +472,23 @@ class LinearOperator(Operator):
         return spectrum.norm(self, maxiter, rtol)
 
     def norm_bound(self, maxiter: int = 40) -> float:
-        """A number >= ||A||_2: the smaller of the operator's own bound and a Lanczos bound (fails with chance 1e-9)."""
-        return spectrum.norm_bound(self, maxiter)
+        """A number >= ||A||_2: the operator's own bound, or a Lanczos bound that fails with a chance of at most 1e-9.
+
+        Kept until a tensor that the operator holds changes.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        if any(t.is_inference() for t in tensors):  # these do not tell when they are changed
+            return spectrum.norm_bound(self, maxiter)
+        state = [(t, t._version) for t in tensors]
+        known = self.__dict__.get("_bound")
+        if (
+            known is None
+            or known[0] != maxiter
+            or len(known[1]) != len(state)
+            or any(a is not b or u != v for (a, u), (b, v) in zip(known[1], state, strict=True))
+        ):
+            known = self.__dict__["_bound"] = (maxiter, state, spectrum.norm_bound(self, maxiter))
+        return known[2]
 
     def eigs(self, neigs: int | None = None, symmetric: bool = False, **kwargs: Any) -> np.ndarray:
         """Eigenvalues by decreasing magnitude; of a rectangular operator its singular values. See `spectrum.eigs`."""
@@ -504,7 +519,7 @@ class LinearOperator(Operator):
         return new
 
 
-_TRANSIENT = {"_handle", "_cache", "_adjoint_ref"}
+_TRANSIENT = {"_handle", "_cache", "_bound", "_adjoint_ref"}
 
 
 def _show(dims: tuple[int, ...]) -> str:

@@ -104,9 +104,9 @@ def norm(op: LinearOperator, maxiter: int = 100, rtol: float = 1e-6) -> float:
 def norm_bound(op: LinearOperator, maxiter: int = 40) -> float:
     """A number that is at least ||A||_2.
 
-    The smaller of the structural bound and theta / (1 - eps), where theta is the largest Ritz value of A^H A after k
-    Lanczos steps from a random start and eps = (log(1.648 sqrt(n) / p) / (2 k - 1))^2: the bound fails with chance
-    p = 1e-9 at most (J. Kuczynski, H. Wozniakowski, 1992, doi 10.1137/0613066).
+    The structural bound if there is one, else sqrt(theta / (1 - eps)), where theta is the largest Ritz value of A^H A
+    after k Lanczos steps from a random start and eps = (log(1.648 sqrt(n) / p) / (2 k - 1))^2: the bound fails with
+    chance p = 1e-9 at most (J. Kuczynski, H. Wozniakowski, 1992, doi 10.1137/0613066).
     """
     structural = op._norm_bound()
     if structural is not None and structural == 0.0:

@@ -108,8 +108,8 @@ class TorchOperator(LinearOperator):
         batch: allow leading batch axes.
         flatten: accept flat vectors (..., n) besides (..., *dims); the result is flat where the input was. If False,
             only (..., *dims) is accepted.
-        device: where a foreign operator computes: "cpu" for anything that works on NumPy arrays. Tensors travel there
-            and back; the result lies where the input lay.
+        device: one of ours is copied there. Foreign operators compute on NumPy arrays, so only "cpu" is possible for
+            them; tensors from elsewhere travel there and back, and the result lies where the input lay.
         dims, dimsd: shapes, for a pair of functions.
         dtype: what `.dtype` reports.
 
@@ -127,7 +127,7 @@ class TorchOperator(LinearOperator):
         op: Any,
         batch: bool = False,
         flatten: bool = True,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         *,
         dims: Dims | None = None,
         dimsd: Dims | None = None,
@@ -136,14 +136,18 @@ class TorchOperator(LinearOperator):
         kind = _wrap(op, dims, dimsd)
         super().__init__(kind.dims, kind.dimsd, dtype=kind.dtype if dtype is None else dtype)
         self.batch, self.flatten = bool(batch), bool(flatten)
-        self.device = torch.device(device)
         self._foreign: _Foreign | None = None
         if isinstance(kind, LinearOperator):
-            self.op = kind
+            self.op = kind if device is None else kind.to(device)
             self._clinear, self._real_domain, self._real_range = kind._clinear, kind._real_domain, kind._real_range
             self._half, self._aliases = kind._half, kind._aliases  # type: ignore[misc]
             self.__dict__["_delegates"] = True
         else:
+            if device is not None and torch.device(device).type != "cpu":
+                raise ArgumentError(
+                    f"TorchOperator: the wrapped {kind.name} computes on NumPy arrays, so device must be 'cpu'; got "
+                    f"{str(device)!r}; tensors on other devices are accepted and travel there and back"
+                )
             self._foreign = kind
             self._clinear = kind.clinear
 
@@ -188,8 +192,8 @@ class TorchOperator(LinearOperator):
         dims, dimsd = (self.dimsd, self.dims) if adjoint else (self.dims, self.dimsd)
         n, m = self.shape if adjoint else (self.shape[1], self.shape[0])
         device, dtype = x.device, self._out_dtype(x.dtype, adjoint)
-        if device != self.device:
-            x = x.to(self.device)
+        if device.type != "cpu":
+            x = x.cpu()
         if x.is_complex():
             x = x.resolve_conj()
         array = x.resolve_neg().numpy()
@@ -207,7 +211,7 @@ class TorchOperator(LinearOperator):
             y = y.to(dtype)
         shape = dimsd if x.ndim == len(dims) else (*x.shape[: x.ndim - len(dims)], *dimsd)
         y = y.view(shape)
-        return y if device == self.device else y.to(device)
+        return y if device.type == "cpu" else y.to(device)
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         if self._foreign is None:
