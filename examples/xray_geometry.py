@@ -18,7 +18,12 @@ n, n_angles = 64, 90
 # A disc with holes: everything a phantom needs here.
 row, column = torch.meshgrid(*(torch.linspace(-1, 1, n, dtype=torch.float64),) * 2, indexing="ij")
 image = (row**2 + column**2 < 0.7).double()
-for y0, x0, r, value in ((-0.3, 0.2, 0.2, -0.6), (0.35, -0.2, 0.15, 0.8), (0.1, 0.5, 0.1, -1.0), (-0.5, -0.3, 0.12, 0.5)):
+for y0, x0, r, value in (
+    (-0.3, 0.2, 0.2, -0.6),
+    (0.35, -0.2, 0.15, 0.8),
+    (0.1, 0.5, 0.1, -1.0),
+    (-0.5, -0.3, 0.12, 0.5),
+):
     image += value * ((row - y0) ** 2 + (column - x0) ** 2 < r**2)
 
 nominal = torch.arange(n_angles, dtype=torch.float64) * math.pi / n_angles
@@ -35,7 +40,9 @@ y += 0.002 * y.max() * torch.randn(y.shape, dtype=torch.float64)
 
 # %%
 center = torch.tensor(45.0, dtype=torch.float64, requires_grad=True)
-angles = (nominal + 0.001).requires_grad_()  # generic angles: at multiples of 90 degrees Joseph's rays meet pixel centres
+angles = (
+    nominal + 0.001
+).requires_grad_()  # generic angles: at multiples of 90 degrees Joseph's rays meet pixel centres
 
 
 def misfit(center: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pullback.core.check import dottest
 from pullback.core.errors import ArgumentError, DtypeError, PullbackError, ShapeError
 from pullback.imaging import _joseph, _nufft
 from pullback.imaging.fbp import _WINDOWS, fbp
@@ -480,3 +481,11 @@ def test_fbp_names_what_is_wrong():
         fbp(A, torch.zeros(4, 9, dtype=torch.int64))
     with pytest.raises(ArgumentError, match="A must be an XRayTransform"):
         fbp(torch.eye(3), torch.zeros(4, 9))
+
+
+def test_detector_much_wider_than_the_image():
+    angles = torch.tensor([0.3, 1.4, 2.2], dtype=torch.float64)
+    wide = XRayTransform((6, 6), angles, 61, method="fourier")
+    assert dottest(wide) < 1e-13
+    y = wide(torch.rand(6, 6, dtype=torch.float64))
+    assert y[:, :20].abs().max() < 0.05 * y.abs().max()  # rays that miss the image

@@ -8,4 +8,7 @@ from pullback.imaging.metrics import rmse as rmse
 from pullback.imaging.metrics import ssim as ssim
 from pullback.imaging.noise import noise_level as noise_level
 from pullback.imaging.noise import noise_transmission as noise_transmission
+from pullback.imaging.reconstruct import Reconstruction as Reconstruction
+from pullback.imaging.reconstruct import reconstruct as reconstruct
+from pullback.imaging.reconstruct import tv_weight as tv_weight
 from pullback.imaging.xray import XRayTransform as XRayTransform

@@ -85,7 +85,9 @@ def calibrate(
 
     Returns: Calibration.
     Raises: ArgumentError, ShapeError.
-    Not supported: an object that leaves the detector on some views only, which makes data inconsistent by itself.
+    Not supported: an object that leaves the detector on some views only, which makes data inconsistent by itself; views
+    that cover much less than 180 degrees, which hardly tell a shift of the axis from one of the object (over 120
+    degrees the centre of a 108-pixel scan came out 4 pixels off).
     Cost: some 60 evaluations, each about 15 applications of the binned operator and of its adjoint.
     Source: variable projection, Golub & Pereyra 2003, doi 10.1088/0266-5611/19/2/201.
     """

@@ -251,7 +251,7 @@ class _Band(NamedTuple):
 def _band(dims: tuple[int, ...], n_k: int, spacing: float, center: float) -> _Band:
     """`spacing` is det_spacing/pixel_size. A tenth of the detector is spare, so that `center` may move."""
     reach = math.hypot(*dims) / 2 / spacing
-    period = _odd_fast(math.ceil(max(center, n_k - 1 - center) + reach + 0.1 * n_k + 8))
+    period = _odd_fast(max(n_k, math.ceil(max(center, n_k - 1 - center) + reach + 0.1 * n_k + 8)))
     fold = max(1, math.ceil(spacing - 1e-9))
     n_fine = period * fold
     return _Band(period, fold, min(math.floor(period * spacing / 2), (n_fine - 1) // 2) + 1, n_fine)

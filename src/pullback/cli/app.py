@@ -1,0 +1,115 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pullback.cli import demo as demonstration
+from pullback.cli.job import Settings, run_job
+from pullback.core.errors import ArgumentError
+from pullback.imaging.reconstruct import FILTERS, MAXITER, METHODS
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Differentiable operators for inverse problems: reconstruct tomographic scans from the command line.",
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line and return its exit code.
+
+    Raises: ArgumentError for a malformed command line, and whatever a command raises.
+    """
+    try:
+        code = app(list(arguments), prog_name="pullback", standalone_mode=False)
+    except Exception as error:
+        # typer's own errors of usage, from typer or from click by version, are told apart by what they can do
+        text = getattr(error, "format_message", None)
+        if text is None:
+            raise
+        raise ArgumentError(text() or "see pullback --help") from None
+    return code if isinstance(code, int) else 0
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"pullback {version('pullback')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def reconstruct(
+    file: Annotated[Path, typer.Argument(help="Data Exchange HDF5 (.h5 .hdf .hdf5 .nxs), .npz or .npy sinograms.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run resumes in it.")],
+    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "fista-tv",
+    calibrate: Annotated[str, typer.Option(help="What to find from the data: center, angles or center,angles.")] = "",
+    slices: Annotated[str, typer.Option(help="Slices a:b (b excluded), a:b:step or one index; all by default.")] = "",
+    angles: Annotated[
+        str, typer.Option(help="Angles in degrees: start:stop:count (stop excluded), or a text or .npy file.")
+    ] = "",
+    center: Annotated[
+        float | None, typer.Option(help="Rotation axis, or the start of its calibration [detector pixels]; the middle.")
+    ] = None,
+    det_spacing: Annotated[float, typer.Option(help="Distance of detector pixels [your unit of length].")] = 1.0,
+    pixel_size: Annotated[float | None, typer.Option(help="Edge of an image pixel; the detector spacing.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels along each edge of the image; the detector's width.")] = None,
+    maxiter: Annotated[
+        int | None, typer.Option(help="Iterations; " + ", ".join(f"{k} {v}" for k, v in MAXITER.items() if v) + ".")
+    ] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the total variation; from the noise.")] = None,
+    filter: Annotated[str, typer.Option(help="Of fbp: " + " | ".join(FILTERS))] = "ramp",
+    projector: Annotated[str, typer.Option(help="joseph | fourier (faster)")] = "fourier",
+    format: Annotated[str, typer.Option(help="Of the volume: tiff | npy, float32.")] = "tiff",
+    force: Annotated[bool, typer.Option("--force", help="Replace the results of other settings in --out.")] = False,
+) -> None:
+    """Reconstruct the slices of a parallel-beam scan, with its geometry calibrated from the data if asked for."""
+    settings = Settings(
+        file=str(file),
+        method=method,
+        calibrate=tuple(p for p in calibrate.replace(" ", "").split(",") if p),
+        slices=slices,
+        angles=angles,
+        center=center,
+        det_spacing=det_spacing,
+        pixel_size=pixel_size,
+        size=size,
+        maxiter=maxiter,
+        weight=weight,
+        filter=filter,
+        projector=projector,
+        format=format,
+    )
+    _print(run_job(settings, out, force))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the figures and the report.")] = Path("demo-output"),
+) -> None:
+    """Simulate a low-dose scan of a real CT slice with a wrong rotation centre, and reconstruct it in several ways."""
+    _print(demonstration.run_demo(out))
+
+
+def _print(lines: Sequence[Any]) -> None:
+    for line in lines:
+        print(line)
+    sys.stdout.flush()
