@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Deblurring with total variation
 #
-# $\hat u = \arg\min_{0 \le u \le 1} \tfrac12 \|K u - f\|^2 + \lambda \, \mathrm{TV}(u)$, where $K$ convolves with a Gaussian
-# and $f$ is noisy. Then the derivative of the data misfit in the *width* of the Gaussian: the kernel is a tensor like any
-# other.
+# $\hat u = \arg\min_{0 \le u \le 1} \tfrac12 \|K u - f\|^2 + \lambda \, \mathrm{TV}(u)$, where $K$ convolves with a
+# Gaussian and $f$ is noisy. Then the derivative of the data misfit in the *width* of the Gaussian: the kernel is a
+# tensor like any other.
 
 # %%
 import torch
@@ -38,9 +38,9 @@ for name, u in (("blurred", f), ("cgls", least_squares.x), ("TV", tv.x)):
     print(f"{name:8} PSNR {pb.imaging.psnr(u, image, 1.0):.2f} dB")
 
 # %% [markdown]
-# ## Blind: find the width by gradient
+# ## Calibrate the blur on a known picture
 #
-# $\frac{d}{ds} \tfrac12 \|K_s \hat u - f\|^2$ flows through the operator into its kernel.
+# $\frac{d}{ds} \tfrac12 \|K_s u - f\|^2$ flows through the operator into its kernel, and through the kernel into $s$.
 
 # %%
 width = torch.tensor(2.2, dtype=torch.float64, requires_grad=True)

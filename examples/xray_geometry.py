@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A scan whose geometry is not known
 #
-# $\min_{c, \theta} \min_u \|A(c, \theta)\, u - y\|^2$: the rotation centre $c$ and the angles $\theta$ are parameters of the
-# X-ray transform, so the misfit has a gradient in them. The scan is simulated with a centre three pixels away from
+# $\min_{c, \theta} \min_u \|A(c, \theta)\, u - y\|^2$: the rotation centre $c$ and the angles $\theta$ are
+# parameters of the X-ray transform, so the misfit has a gradient in them. The scan is simulated with a centre three pixels away from
 # where it should be, and with angles that are off by a degree.
 
 # %%
@@ -40,9 +40,7 @@ y += 0.002 * y.max() * torch.randn(y.shape, dtype=torch.float64)
 
 # %%
 center = torch.tensor(45.0, dtype=torch.float64, requires_grad=True)
-angles = (
-    nominal + 0.001
-).requires_grad_()  # generic angles: at multiples of 90 degrees Joseph's rays meet pixel centres
+angles = nominal.clone().requires_grad_()
 
 
 def misfit(center: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -54,6 +52,11 @@ h = 1e-5
 difference = (misfit(center + h, angles) - misfit(center - h, angles)) / (2 * h)
 print(f"d/dc by autograd {by_center.item():.6f}, by differences {difference.item():.6f}")
 assert abs(by_center - difference) < 1e-5 * abs(difference)
+turn = torch.zeros_like(nominal)
+turn[17] = h
+difference = (misfit(center, angles + turn) - misfit(center, angles - turn)) / (2 * h)
+print(f"d/dtheta_17 by autograd {by_angles[17].item():.6f}, by differences {difference.item():.6f}")
+assert abs(by_angles[17] - difference) < 1e-5 * abs(difference)
 
 # %% [markdown]
 # ## Calibrate, then reconstruct

@@ -70,8 +70,8 @@ def test_equals_pylops(name):
 @pytest.mark.parametrize(("dims", "axis"), [((7,), 0), ((6, 5), 0), ((6, 5), 1), ((5, 3, 6), 0), ((5, 7, 3), 1)])
 def test_derivatives_equal_pylops(dims, axis):
     for kind, edge, order in itertools.product(("forward", "backward", "centered"), (False, True), (3, 5)):
-        same(pb.FirstDerivative(dims, axis, 0.5, kind, edge, order), pylops.FirstDerivative(dims, axis, 0.5, kind,
-        edge, order))
+        theirs = pylops.FirstDerivative(dims, axis, 0.5, kind, edge, order)
+        same(pb.FirstDerivative(dims, axis, 0.5, kind, edge, order), theirs)
         same(pb.SecondDerivative(dims, axis, 0.5, kind, edge), pylops.SecondDerivative(dims, axis, 0.5, kind, edge))
     for kind, first in itertools.product(("full", "half", "trapezoidal"), (False, True)):
         same(pb.CausalIntegration(dims, axis, 0.3, kind, first), pylops.CausalIntegration(dims, axis, 0.3, kind, first))
@@ -173,8 +173,8 @@ def test_gram_of_a_stack_is_a_sum():
         (lambda: pb.Laplacian((4, 4), weights=0), "weights must not all be zero"),
         (lambda: pb.Laplacian((4, 4), axes=(0, -2)), "axes must be distinct"),
         (lambda: pb.CausalIntegration(4, kind="none"), "kind must be full, half or trapezoidal"),
-        (lambda: pb.Diagonal(torch.ones(3), (4, 4)), r"diag must have shape \(4, 4\), or \(4,\) for axis -1; got
-        \(3,\)"), (lambda: pb.Diagonal("abc"), "diag must be a tensor or an array of numbers"),
+        (lambda: pb.Diagonal(torch.ones(3), (4, 4)), r"diag must have shape .* for axis -1; got \(3,\)"),
+        (lambda: pb.Diagonal("abc"), "diag must be a tensor or an array of numbers"),
         (lambda: pb.Restriction(3, [5]), r"iava must lie in \[-3, 2\]"),
         (lambda: pb.Restriction(3, [0.5]), "non-empty list of integer indices"),
         (lambda: pb.Pad((3, 3), (1, 1)), r"one \(before, after\) pair"),
