@@ -2,8 +2,8 @@
 # # A scan whose geometry is not known
 #
 # $\min_{c, \theta} \min_u \|A(c, \theta)\, u - y\|^2$: the rotation centre $c$ and the angles $\theta$ are
-# parameters of the X-ray transform, so the misfit has a gradient in them. The scan is simulated with a centre three pixels away from
-# where it should be, and with angles that are off by a degree.
+# parameters of the X-ray transform, so the misfit has a gradient in them. The scan is simulated with a centre three
+# pixels away from where it should be, and with angles that are off by a degree.
 
 # %%
 import math
