@@ -126,7 +126,7 @@ def stack(n: int) -> tuple[Call, Call]:
 
 def matrix(n: int, batch: int) -> tuple[Call, Call]:
     a = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
-    return pair(public("MatrixMult")(torch.from_numpy(a)), pylops.MatrixMult(a, dtype="float32"), batch)
+    return pair(public("MatrixMult")(a), pylops.MatrixMult(a, dtype="float32"), batch)
 
 
 def scene(n: int) -> np.ndarray:

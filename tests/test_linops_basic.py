@@ -136,6 +136,27 @@ def test_sparse_gradient_and_torch_layouts():
     assert torch.autograd.gradcheck(lambda v: torch.func.functional_call(op, {"values": v}, (x,)), values)
 
 
+@pytest.mark.parametrize("shape", [(300, 500), (500, 300)])
+def test_large_single_precision_products(shape):
+    # These run in oneDNN, outside of autograd; gradients come from the bridge.
+    A = torch.randn(*shape)
+    op, exact = pb.MatrixMult(A), pb.MatrixMult(A.double())
+    x = torch.randn(2, 16, shape[1], requires_grad=True)
+    y = op(x)
+    assert y.dtype == torch.float32
+    assert torch.allclose(y.double(), exact(x.double()), rtol=1e-4, atol=1e-3)
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)  # an expanded gradient
+    assert torch.allclose(g.double(), exact.H(torch.ones(2, 16, shape[0], dtype=torch.float64)), rtol=1e-4, atol=1e-3)
+    hvp = torch.func.jvp(torch.func.grad(lambda u: (op(u) ** 2).sum() / 2), (x.detach(),), (x.detach(),))[1]
+    assert torch.allclose(hvp.double(), exact.gram(x.detach().double()), rtol=1e-3, atol=1e-2)
+    assert torch.allclose(torch.func.vmap(op)(x.detach()), y.detach(), rtol=1e-4, atol=1e-3)
+    weight = A.clone().requires_grad_()
+    (by_weight,) = torch.autograd.grad(pb.MatrixMult(weight)(x.detach()).sum(), weight)
+    assert torch.allclose(by_weight, x.detach().sum((0, 1)).expand(shape), rtol=1e-4, atol=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert op(x).dtype == torch.bfloat16
+
+
 def test_matrix_inverse():
     A = pb.MatrixMult(torch.tensor([[2.0, 1], [0, 1]]))
     assert torch.allclose((A.inv() @ A).todense(), torch.eye(2))

@@ -146,8 +146,7 @@ def eigs(op: LinearOperator, neigs: int | None = None, symmetric: bool = False, 
         else:
             values = torch.linalg.eigvals(matrix).numpy()
     else:
-        import scipy.sparse.linalg as sla
-
+        sla = _arpack()
         linear = sla.aslinearoperator(op)
         if m != n:
             values = sla.svds(linear, k=neigs, return_singular_vectors=False, **kwargs)
@@ -157,13 +156,21 @@ def eigs(op: LinearOperator, neigs: int | None = None, symmetric: bool = False, 
     return values[np.argsort(-np.abs(values), kind="stable")][:neigs]
 
 
+def _arpack() -> Any:
+    try:
+        import scipy.sparse.linalg
+    except ModuleNotFoundError:
+        text = f"operators with more than {_SMALL} rows or columns need SciPy here: pip install scipy"
+        raise ModuleNotFoundError(text, name="scipy") from None
+    return scipy.sparse.linalg
+
+
 def cond(op: LinearOperator, **kwargs: Any) -> float:
     """The ratio of the largest to the smallest singular value (inf if the smallest is zero)."""
     if max(op.shape) <= _SMALL:
         values = torch.linalg.svdvals(op.todense().detach().cpu())
         return float(values[0] / values[-1])
-    import scipy.sparse.linalg as sla
-
+    sla = _arpack()
     linear = sla.aslinearoperator(op)
     largest = sla.svds(linear, k=1, which="LM", return_singular_vectors=False, **kwargs)[0]
     smallest = sla.svds(linear, k=1, which="SM", return_singular_vectors=False, **kwargs)[0]

@@ -176,7 +176,11 @@ def _spread_many(rows: Any, rays: Any, chosen: Any, order: int, sinogram: Any, f
 @functools.cache
 def _compiled(kernel: Callable[..., None]) -> Callable[..., None]:
     """The kernel as machine code, kept on disk where numba finds a directory that it may write to."""
-    import numba
+    try:
+        import numba
+    except ModuleNotFoundError:
+        text = "method='joseph' needs numba: pip install 'pullback[imaging]', or use method='fourier'"
+        raise ModuleNotFoundError(text, name="numba") from None
 
     options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     try:
