@@ -59,7 +59,7 @@ def as_tensor(value: Any, name: str, owner: str) -> Tensor:
     else:
         try:
             # Copied by torch, whose memory is aligned to 64 bytes: on NumPy's 16 some products take half as long again.
-            tensor = torch.from_numpy(np.require(value, requirements="CW")).clone()
+            tensor = torch.from_numpy(np.require(value, requirements=["C", "W"])).clone()
         except (TypeError, ValueError):
             raise ArgumentError(
                 f"{owner}: {name} must be a tensor or an array of numbers; got {type(value).__name__}"

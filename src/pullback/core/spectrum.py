@@ -156,7 +156,7 @@ def eigs(op: LinearOperator, neigs: int | None = None, symmetric: bool = False, 
     return values[np.argsort(-np.abs(values), kind="stable")][:neigs]
 
 
-def _arpack() -> Any:
+def _arpack() -> Any:  # scipy.sparse.linalg
     try:
         import scipy.sparse.linalg
     except ModuleNotFoundError:
