@@ -44,6 +44,10 @@ class TestShapes:
         with pytest.raises(pb.ShapeError, match=r"Gradient\.H expects .*leading axes are the batch"):
             pb.Gradient((4, 5)).H(rand(3))
 
+    def test_columns_get_a_hint(self):
+        with pytest.raises(pb.ShapeError, match="for the columns of a matrix use matmat"):
+            pb.Flip(4) @ rand(4, 2)
+
     def test_empty_batch(self):
         assert pb.Gradient((4, 5))(rand(0, 4, 5)).shape == (0, 2, 4, 5)
 

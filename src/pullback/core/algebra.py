@@ -35,9 +35,8 @@ class Composite(LinearOperator):
             self.add_module(str(i), part)
         self._clinear = all(p._clinear for p in parts)
         self._half = all(p._half for p in parts)  # type: ignore[misc]
-        self.__dict__["_delegates"] = any(_has_tensors(p) for p in parts) or all(
-            p._native or p._delegates for p in parts
-        )
+        if any(_has_tensors(p) for p in parts) or all(p._native or p._delegates for p in parts):
+            self.__dict__["_delegates"] = True
 
     def _sequence(self) -> tuple[LinearOperator, ...]:
         return tuple(self._modules.values())  # type: ignore[arg-type]

@@ -220,7 +220,7 @@ def _tensor_pullback(
     if op._has_range_derivatives:
         grads: list[Tensor | None] = []
         for i in wanted:
-            derivative = op._range_derivative(i)
+            derivative = op._derivative(i)
             if derivative is None:
                 grads.append(torch.zeros_like(tensors[i]))
                 continue
@@ -245,7 +245,7 @@ def _tensor_pushforward(
     if op._has_range_derivatives:
         total: Tensor | None = None
         for i, tangent in zip(wanted, tangents, strict=True):
-            derivative = op._range_derivative(i)
+            derivative = op._derivative(i)
             if derivative is None:
                 continue
             if adjoint:
@@ -291,6 +291,7 @@ def _refuse_nested_forward_mode(op: LinearOperator) -> None:
 _library = torch.library.Library("pullback", "DEF")
 # Four optional tensors and not a list: torch's older vmap, which gradcheck uses, cannot batch over list arguments.
 _SLOTS = 4
+_ORDINARY = (_C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set())  # of ordinary code
 _library.define(
     "apply(Tensor x, int handle, bool adjoint, Tensor? a, Tensor? b, Tensor? c, Tensor? d) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -312,7 +313,9 @@ def _given(slots: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 def _kernel(x: Tensor, handle: int, adjoint: bool, *slots: Tensor | None) -> Tensor:
     tensors = _given(slots)
-    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+    # On the way here the dispatcher has switched off what comes before: autograd, functorch. An operator may use them
+    # inside (FunctionOperator's derived adjoint does), so they are as in ordinary code again.
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False), _C._ForceDispatchKeyGuard(*_ORDINARY):
         y = _compute(x, lookup(handle), adjoint, tensors).resolve_conj().contiguous()
     return y.clone() if y.untyped_storage()._cdata == x.untyped_storage()._cdata else y
 

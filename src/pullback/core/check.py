@@ -70,7 +70,7 @@ class CheckReport:
         return "\n".join([self.operator, *lines])
 
 
-def dottest(op: LinearOperator, rtol: float = 1e-11, n_pairs: int = 3, seed: int = 0) -> float:
+def dottest(op: LinearOperator, *, rtol: float = 1e-11, n_pairs: int = 3, seed: int = 0) -> float:
     """Max |<A x, y> - <x, A^H y>| / (|A x| |y|) over random and structured vectors, in float64 and complex128.
 
     Args:
@@ -431,9 +431,10 @@ def _linearize(p: _Probe) -> float:
 
 def _compile(p: _Probe) -> float:
     torch._dynamo.reset()
-    function = torch.compile(lambda x: p.op(x), fullgraph=True, backend="aot_eager")
+    there = torch.compile(lambda x: p.op(x), fullgraph=True, backend="aot_eager")
+    back = torch.compile(lambda x: p.op.H(p.op(x)), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        return max(_gap(function(x), p.op(x)) for x in (p.x(), p.x(batch=(2,))))
+        return max(max(_gap(there(x), p.op(x)), _gap(back(x), p.op.H(p.op(x)))) for x in (p.x(), p.x(batch=(2,))))
 
 
 def _compile_training(p: _Probe) -> float:

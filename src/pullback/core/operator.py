@@ -123,6 +123,7 @@ class Operator(torch.nn.Module):
                 f"{self._name(adjoint)} expects shape (..., {', '.join(map(str, dims))})"
                 + (f" or (..., {size(dims)})" if n > 1 else "")
                 + f"; got {tuple(x.shape)}; leading axes are the batch"
+                + ("; for the columns of a matrix use matmat" if x.ndim == 2 and x.shape[0] == size(dims) else "")
             )
         return y.clone(memory_format=torch.contiguous_format) if self._aliases else y
 
@@ -311,7 +312,12 @@ class LinearOperator(Operator):
         self._wake()
 
     def _wake(self) -> None:
-        self.__dict__["_handle"] = autograd.register(self)
+        if (
+            torch.compiler.is_dynamo_compiling()
+        ):  # made while tracing (A.H, 2 * A + B): it has no name, only its parts have
+            self.__dict__["_delegates"] = True
+        else:
+            self.__dict__["_handle"] = autograd.register(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -352,12 +358,19 @@ class LinearOperator(Operator):
         return any(autograd.is_live(t) for t in tensors)
 
     def _range_derivative(self, i: int) -> LinearOperator | None:
-        """D_i with d(A x)/d theta_i [delta] = delta * (D_i x), where theta_i is the i-th held tensor, broadcastable to
-        dimsd.
+        """D_i with d(A x)/d theta_i [delta] = delta * (D_i x), theta_i being the i-th held tensor.
 
-        D_i holds the same tensors in the same order and is kept alive by this operator. None: the derivative is zero.
+        theta_i broadcasts to dimsd. D_i holds as many tensors of the same shapes in the same order; their values come
+        with every call. None: the derivative is zero.
         """
         raise AssertionError(f"{type(self).__name__} has no range derivatives; please report")
+
+    def _derivative(self, i: int) -> LinearOperator | None:
+        """`_range_derivative(i)`, made once and alive as long as this operator, because traced graphs name it."""
+        made = self.__dict__.setdefault("_derivatives", {})
+        if i not in made:
+            made[i] = self._range_derivative(i)
+        return made[i]
 
     def _norm_bound(self) -> float | None:
         """An upper bound of the spectral norm from the structure, or None."""
@@ -426,7 +439,7 @@ class LinearOperator(Operator):
         return self._gram()
 
     def _gram(self) -> LinearOperator:
-        return self.H @ self
+        return algebra["compose"](self.H, self)
 
     def __pow__(self, power: int) -> LinearOperator:
         return algebra["power"](self, power)
@@ -519,7 +532,7 @@ class LinearOperator(Operator):
         return new
 
 
-_TRANSIENT = {"_handle", "_cache", "_bound", "_adjoint_ref"}
+_TRANSIENT = {"_handle", "_cache", "_bound", "_derivatives", "_adjoint_ref"}
 
 
 def _show(dims: tuple[int, ...]) -> str:

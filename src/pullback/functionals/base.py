@@ -186,8 +186,10 @@ class Functional(torch.nn.Module):
         if x.ndim and x.shape[-1] == size(self.dims):
             return x.reshape(*x.shape[:-1], *self.dims), n, x.shape, lambda u: u
         raise ShapeError(
-            f"{owner}: {name} must have shape (..., {', '.join(map(str, self.dims))}) or (..., {size(self.dims)}); "
-            f"got {tuple(x.shape)}; leading axes are the batch"
+            f"{owner}: {name} must have shape (..., {', '.join(map(str, self.dims))})"
+            + (f" or (..., {size(self.dims)})" if len(self.dims) > 1 else "")
+            + "; "
+            + f"got {tuple(x.shape)}; leading axes are the batch"
         )
 
     def _lift(self, step: Any, x: Tensor, n: int) -> Step:

@@ -228,14 +228,11 @@ class _JosephSampler(LinearOperator):
         super().__init__(dims, tuple(offset.shape))
         self.slope, self.offset, self.swap = slope, offset, swap
         self._order, self._row_power = order, row_power
-        self._derivatives: dict[int, _JosephSampler] = {}
 
     def _range_derivative(self, i: int) -> LinearOperator | None:
         if self._order or i > 1:  # piecewise linear: the second derivative is zero between the kinks
             return None
-        if i not in self._derivatives:
-            self._derivatives[i] = _JosephSampler(*self._held(), dims=self.dims, order=1, row_power=int(i == 0))
-        return self._derivatives[i]
+        return _JosephSampler(*self._held(), dims=self.dims, order=1, row_power=int(i == 0))
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._apply_real(x, self._project, self.dimsd)

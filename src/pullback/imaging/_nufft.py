@@ -93,17 +93,13 @@ class _NUFFT(LinearOperator):
         super().__init__(dims, tuple(omega_x.shape))
         self.omega_y, self.omega_x = omega_y, omega_x
         self._powers = powers
-        self._derivatives: dict[int, _NUFFT] = {}
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         return dtype.to_complex()
 
     def _range_derivative(self, i: int) -> LinearOperator:
-        if i not in self._derivatives:
-            p_y, p_x = self._powers
-            powers = p_y + (i == 0), p_x + (i == 1)
-            self._derivatives[i] = _NUFFT(*self._held(), dims=self.dims, powers=powers)
-        return self._derivatives[i]
+        p_y, p_x = self._powers
+        return _NUFFT(*self._held(), dims=self.dims, powers=(p_y + (i == 0), p_x + (i == 1)))
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._transform(2, x if self._powers == (0, 0) else x * self._factor(x))
