@@ -188,8 +188,7 @@ class Functional(torch.nn.Module):
         raise ShapeError(
             f"{owner}: {name} must have shape (..., {', '.join(map(str, self.dims))})"
             + (f" or (..., {size(self.dims)})" if len(self.dims) > 1 else "")
-            + "; "
-            + f"got {tuple(x.shape)}; leading axes are the batch"
+            + f"; got {tuple(x.shape)}; leading axes are the batch"
         )
 
     def _lift(self, step: Any, x: Tensor, n: int) -> Step:
