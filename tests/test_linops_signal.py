@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import pullback as pb
 from pullback.core.check import check
 from pullback.core.errors import ArgumentError, DtypeError, NotDifferentiableError, ShapeError
 from pullback.linops.convolve import Convolve1D, Convolve2D, ConvolveND, next_fast_len
@@ -481,3 +482,14 @@ def test_empty_batch(cls):
         y = op(torch.zeros(0, *op.dims, dtype=torch.float64))
         assert y.shape == (0, *op.dimsd)
         assert op.H(y).shape == (0, *op.dims)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_the_gram_of_an_orthonormal_transform_is_the_identity(real):
+    whole = pb.FFT2D((6, 5), nffts=(8, 5), real=real)
+    assert isinstance(whole.gram, pb.Identity)
+    x = torch.randn(6, 5, dtype=torch.float64)
+    assert torch.allclose(whole.H(whole(x)).real, x)
+    for op in (pb.FFT2D((6, 5), norm="none", real=real), pb.FFT2D((6, 5), nffts=(4, 5), real=real)):
+        assert not isinstance(op.gram, pb.Identity)
+        assert torch.allclose(op.gram(x), op.H(op(x)))

@@ -13,6 +13,7 @@ from torch.nn import functional
 from pullback.core.errors import ArgumentError
 from pullback.core.operator import LinearOperator
 from pullback.core.shapes import Dims, as_axes, as_axis, as_dims, complex_of, per_axis, real_of
+from pullback.linops.basic import Identity
 
 _NORMS = {"ortho": ("ortho", "ortho"), "none": ("backward", "forward"), "1/n": ("forward", "backward")}
 _ROOT = math.sqrt(2)
@@ -157,6 +158,12 @@ class FFTND(LinearOperator):
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         return real_of(complex_of(dtype)) if adjoint and self.real else complex_of(dtype)
+
+    def _gram(self) -> LinearOperator:
+        isometry = self.norm_kind == "ortho" and all(
+            n >= self.dims[a] for a, n in zip(self.axes, self.nffts, strict=True)
+        )
+        return Identity(self.dims) if isometry else super()._gram()
 
     def _norm_bound(self) -> float | None:
         root = math.sqrt(math.prod(self.nffts))
