@@ -9,7 +9,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from pullback.core.errors import ArgumentError, ShapeError
+from pullback.core.errors import ArgumentError, DtypeError, ShapeError
 from pullback.imaging.metrics import psnr, rmse, ssim
 from pullback.imaging.noise import noise_level, noise_transmission
 from pullback.imaging.reconstruct import METHODS, reconstruct, tv_weight
@@ -160,3 +160,20 @@ def test_reconstruct_refuses():
     ):
         with pytest.raises(ArgumentError, match=message):
             reconstruct(A, y, **arguments)
+
+
+def test_wrong_types_are_named():
+    x, reference = pair()
+    with pytest.raises(DtypeError, match=r"psnr: x must be a real or complex floating point tensor; got float64"):
+        psnr(x.numpy(), reference)
+    with pytest.raises(DtypeError, match=r"rmse: reference must be .*; got torch.int64"):
+        rmse(x, reference.long())
+    with pytest.raises(DtypeError, match=r"ssim: x must be a real floating point tensor; got torch.complex128"):
+        ssim(x + 0j, reference)
+    with pytest.raises(ArgumentError, match="a complex reference has no span; give data_range"):
+        psnr(x + 0j, reference + 0j)
+    for function in (noise_level, lambda y: noise_transmission(y, 10.0)):
+        with pytest.raises(DtypeError, match=r"y must be a real floating point tensor; got torch\.complex128"):
+            function(x + 0j)
+        with pytest.raises(DtypeError, match="got list"):
+            function([1.0])

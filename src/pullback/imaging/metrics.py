@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pullback.core.errors import ArgumentError, ShapeError
+from pullback.core.errors import ArgumentError, DtypeError, ShapeError
 
 
 def rmse(x: Tensor, reference: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def rmse(x: Tensor, reference: Tensor) -> Tensor:
         reference: images that broadcast against x.
 
     Returns: shape (...).
-    Raises: ShapeError.
+    Raises: ShapeError, DtypeError.
     """
     _check("rmse", x, reference)
     return (x - reference).abs().square().mean((-2, -1)).sqrt()
@@ -31,7 +31,7 @@ def psnr(x: Tensor, reference: Tensor, data_range: float | Tensor | None = None)
         data_range: span of the values, a number or one a member; the reference's maximum minus minimum if None.
 
     Returns: shape (...).
-    Raises: ShapeError, ArgumentError.
+    Raises: ShapeError, DtypeError, ArgumentError.
     """
     _check("psnr", x, reference)
     return 20 * torch.log10(_span("psnr", reference, data_range) / rmse(x, reference))
@@ -59,10 +59,10 @@ def ssim(
         k1, k2: the constants of the source.
 
     Returns: shape (...), at most 1, and 1 for equal images.
-    Raises: ShapeError, ArgumentError.
+    Raises: ShapeError, DtypeError, ArgumentError.
     Source: Wang, Bovik, Sheikh & Simoncelli 2004, doi 10.1109/TIP.2003.819861.
     """
-    _check("ssim", x, reference)
+    _check("ssim", x, reference, real=True)
     if not sigma > 0:
         raise ArgumentError(f"ssim: sigma must be > 0; got {sigma}")
     radius = int(3.5 * sigma + 0.5)
@@ -95,13 +95,21 @@ def _smooth(x: Tensor, window: Tensor) -> Tensor:
 
 def _span(owner: str, reference: Tensor, data_range: float | Tensor | None) -> float | Tensor:
     if data_range is None:
+        if reference.is_complex():
+            raise ArgumentError(f"{owner}: a complex reference has no span; give data_range")
         return reference.amax((-2, -1)) - reference.amin((-2, -1))
     if bool(torch.as_tensor(data_range <= 0).any()):
         raise ArgumentError(f"{owner}: data_range must be > 0; got {data_range}")
     return data_range
 
 
-def _check(owner: str, x: Tensor, reference: Tensor) -> None:
+def _check(owner: str, x: Tensor, reference: Tensor, *, real: bool = False) -> None:
+    for name, value in (("x", x), ("reference", reference)):
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or (value.is_complex() and not real)):
+            raise DtypeError(
+                f"{owner}: {name} must be a {'real' if real else 'real or complex'} floating point tensor; "
+                f"got {getattr(value, 'dtype', type(value).__name__)}; use torch.as_tensor({name}).float()"
+            )
     if x.ndim < 2 or reference.ndim < 2 or x.shape[-2:] != reference.shape[-2:]:
         raise ShapeError(
             f"{owner} expects images (..., n, m) of one size; got {tuple(x.shape)} and {tuple(reference.shape)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pullback.core.errors import ArgumentError, ShapeError
+from pullback.core.errors import ArgumentError, DtypeError, ShapeError
 
 
 def noise_transmission(y: Tensor, photons: float, generator: torch.Generator | None = None) -> Tensor:
@@ -18,8 +18,9 @@ def noise_transmission(y: Tensor, photons: float, generator: torch.Generator | N
 
     Returns: the shape and dtype of y. Rays that no photon survives are given half a photon, so the result is finite.
     Not differentiable: gradients do not pass through the random draw.
-    Raises: ArgumentError.
+    Raises: ArgumentError, DtypeError.
     """
+    _require_real("noise_transmission", y)
     if not photons > 0:
         raise ArgumentError(f"noise_transmission: photons must be > 0; got {photons}")
     with torch.no_grad():
@@ -38,10 +39,18 @@ def noise_level(y: Tensor) -> Tensor:
         y: real, of shape (..., n, m) with n, m >= 2.
 
     Returns: shape (...).
-    Raises: ShapeError.
+    Raises: ShapeError, DtypeError.
     Source: the median rule of Donoho & Johnstone 1994, doi 10.1093/biomet/81.3.425.
     """
+    _require_real("noise_level", y)
     if y.ndim < 2 or min(y.shape[-2:]) < 2:
         raise ShapeError(f"noise_level expects shape (..., n, m) with n, m >= 2; got {tuple(y.shape)}")
     d = y.diff(dim=-1).diff(dim=-2)
     return d.abs().flatten(-2).median(-1).values / (2 * 0.6745)
+
+
+def _require_real(owner: str, y: Tensor) -> None:
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        raise DtypeError(
+            f"{owner}: y must be a real floating point tensor; got {getattr(y, 'dtype', type(y).__name__)}"
+        )
