@@ -14,6 +14,7 @@ from pullback.core.errors import ArgumentError
 from pullback.core.interop import as_tensor
 from pullback.core.operator import LinearOperator
 from pullback.core.shapes import Dims, as_axes, as_axis, as_dims, complex_of, real_of, size
+from pullback.linops.axes import matrix_along
 
 _BLOCK = 1 << 16  # elements that shift-add works on at a time, so that every tap finds them in cache
 _TOEPLITZ = 128  # a single axis up to this length is convolved by one matrix product
@@ -186,16 +187,7 @@ class _Convolution(LinearOperator):
         """One axis: the Toeplitz matrix T[i, j] = h[i + offset - j] times the signal."""
         (axis,) = self._axes
         matrix = self._derived("toeplitz", x, self._toeplitz)
-        if adjoint:
-            matrix = matrix.mH
-        if x.is_complex() != matrix.is_complex():
-            dtype = torch.promote_types(x.dtype, matrix.dtype)
-            x, matrix = x.to(dtype), matrix.to(dtype)
-        if axis == -1:
-            return x @ matrix.mT
-        if axis == -2:
-            return matrix @ x
-        return (x.movedim(axis, -1) @ matrix.mT).movedim(-1, axis).contiguous()
+        return matrix_along(matrix.mH if adjoint else matrix, x, axis)
 
     def _toeplitz(self, h: Tensor) -> Tensor:
         (axis,), ((_, taps, offset),) = self._axes, self._crops

@@ -14,6 +14,7 @@ from pullback.core.errors import ArgumentError, NotDifferentiableError
 from pullback.core.interop import as_tensor
 from pullback.core.operator import LinearOperator
 from pullback.core.shapes import Dims, as_axis, as_dims, real_of
+from pullback.linops.axes import matrix_along
 
 _KINDS = ("linear", "nearest", "sinc", "cubic_spline")
 
@@ -103,7 +104,7 @@ class Interp(_Sampling):
         if self.kind == "nearest":
             return x.index_select(a, self.iava)
         if self.kind == "sinc":
-            return _apply_matrix(self._derived("sinc", x, self._sinc_matrix), x, a)
+            return matrix_along(self._derived("sinc", x, self._sinc_matrix), x, a)
         left = self._index("left", lambda _: self._left(self._n))
         right = (left + 1).clamp(max=self._n - 1)
         w = self._align(self._derived("weights", x, lambda t: t - left))
@@ -120,7 +121,7 @@ class Interp(_Sampling):
         if self.kind == "nearest":
             return x.index_add(a, self.iava, y)
         if self.kind == "sinc":
-            return _apply_matrix(self._derived("sinc", y, self._sinc_matrix).mT, y, a)
+            return matrix_along(self._derived("sinc", y, self._sinc_matrix).mT, y, a)
         left = self._index("left", lambda _: self._left(self._n))
         right = (left + 1).clamp(max=self._n - 1)
         w = self._align(self._derived("weights", y, lambda t: t - left))
@@ -239,7 +240,7 @@ class Bilinear(_Sampling):
 
 
 def _check_positions(iava: Tensor, n: int, owner: str, name: str) -> None:
-    if torch.compiler.is_compiling() or not autograd._is_eager(iava):
+    if torch.compiler.is_compiling() or not autograd.is_eager(iava):
         return  # no values to look at; positions outside are then extrapolated from the nearest interval
     low, high = float(iava.detach().min()), float(iava.detach().max())
     if not (low >= 0 and high <= n - 1):
@@ -247,15 +248,6 @@ def _check_positions(iava: Tensor, n: int, owner: str, name: str) -> None:
             f"{owner}: {name} must lie in [0, {n - 1}], the positions of the {n} samples; got values from {low:g} to "
             f"{high:g}; clamp them or enlarge dims"
         )
-
-
-def _apply_matrix(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
-    matrix = matrix.to(x.dtype)
-    if axis == -1:
-        return x @ matrix.mT
-    if axis == -2:
-        return matrix @ x
-    return (x.movedim(axis, -1) @ matrix.mT).movedim(-1, axis).contiguous()
 
 
 def _sinc(t: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pullback.core.errors import ArgumentError
 from pullback.core.operator import LinearOperator
 from pullback.core.shapes import Dims, as_axes, as_axis, as_dims
+from pullback.linops.axes import matrix_along
 
 _BLOCK = 1 << 16  # elements worked on at a time, so that every pass over a block finds it in cache
 _MATRIX = 64  # axes up to this length are averaged by a banded matrix product
@@ -64,14 +65,8 @@ class SmoothingND(LinearOperator):
 
     def _by_matrix(self, x: Tensor) -> Tensor:
         for a, w in self._windows:
-            matrix = _band(self.dims[a], w, x.dtype, x.device)
-            if a == -1:
-                x = x @ matrix
-            elif a == -2:
-                x = matrix @ x
-            else:
-                x = (x.movedim(a, -1) @ matrix).movedim(-1, a)
-        return x.contiguous()
+            x = matrix_along(_band(self.dims[a], w, x.dtype, x.device), x, a)
+        return x
 
     def _by_blocks(self, x: Tensor) -> Tensor:
         """Copy a block with its margins into a padded buffer, then add along one axis after the other in cache."""
