@@ -361,6 +361,45 @@ class TestState:
         assert torch.equal(D(x), 2 * torch.ones(3))
 
 
+class TestMemory:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: pb.VStack([pb.Identity(3)]),
+            lambda: pb.VStack([pb.Identity(3)]).H,
+            lambda: pb.HStack([pb.Identity(3)]),
+            lambda: pb.Block([[pb.Identity(3)]]),
+            lambda: pb.BlockDiag([pb.Identity(3)]),
+            lambda: pb.Kronecker(pb.Identity(1), pb.Identity(3)),
+            lambda: pb.Transpose((1, 3), (1, 0)).H @ pb.Transpose((1, 3), (1, 0)),
+            lambda: pb.Identity(3).conj(),
+            lambda: pb.TorchOperator(pb.Identity(3)),
+            lambda: pb.FunctionOperator(lambda x: x.view(-1), lambda y: y.view(-1), 3),
+            lambda: pb.FunctionOperator(lambda x: x[:], 3),
+            lambda: TestMemory.Same().linearize(torch.ones(3)),
+        ],
+    )
+    def test_results_own_their_memory(self, make):
+        op = make()
+        for adjoint in (False, True):
+            v = torch.ones(op.dimsd if adjoint else op.dims)
+            op._call(v, adjoint).add_(1)
+            assert torch.equal(v, torch.ones_like(v)), f"{op!r}, adjoint {adjoint}"
+
+    class Same(pb.Operator):
+        def __init__(self):
+            super().__init__(3, 3)
+
+        def _forward(self, x):
+            return x
+
+    def test_numpy_goes_where_a_parameter_lies(self):
+        op = pb.MatrixMult(torch.nn.Parameter(M.clone()), dtype="float64").to("meta")
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta") as error:
+            op(np.ones(4))  # a meta tensor holds no numbers to give back
+        assert not isinstance(error.value, pb.DeviceError)  # but the array had been sent to the parameter's device
+
+
 class TestNonlinear:
     class Square(pb.Operator):
         def __init__(self, n):

@@ -35,6 +35,7 @@ class Composite(LinearOperator):
             self.add_module(str(i), part)
         self._clinear = all(p._clinear for p in parts)
         self._half = all(p._half for p in parts)  # type: ignore[misc]
+        self._aliases = any(p._aliases for p in parts)
         if any(_has_tensors(p) for p in parts) or all(p._native or p._delegates for p in parts):
             self.__dict__["_delegates"] = True
 
@@ -104,7 +105,6 @@ class OperatorProduct(Composite):
         parts = tuple(parts)
         super().__init__(parts[-1].dims, parts[0].dimsd)
         self._consist(parts)
-        self._aliases = all(p._aliases for p in parts)
         self._real_domain = self._meets_complex(torch.complex128)
         if self._meets_complex(torch.float64):
             raise ArgumentError(
@@ -222,7 +222,6 @@ class Adjoint(Composite):
         super().__init__(op.dimsd, op.dims)
         self._consist((op,))
         self._real_domain, self._real_range = op._real_range, op._real_domain
-        self._aliases = op._aliases
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._sequence()[0]._run(x, True)
@@ -258,7 +257,6 @@ class Conjugate(Composite):
         super().__init__(op.dims, op.dimsd)
         self._consist((op,))
         self._real_domain, self._real_range = op._real_domain, op._real_range
-        self._aliases = op._aliases
 
     def _forward(self, x: Tensor) -> Tensor:
         return torch.conj_physical(self._sequence()[0]._run(torch.conj_physical(x)))
@@ -288,6 +286,7 @@ class Derivative(LinearOperator):
     """
 
     _native = True
+    _aliases = True
 
     def __init__(self, op: Operator, at: Tensor) -> None:
         super().__init__(op.dims, op.dimsd)

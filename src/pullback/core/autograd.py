@@ -68,7 +68,7 @@ def is_live(tensor: Tensor) -> bool:
     )
 
 
-def _is_eager(x: Tensor) -> bool:
+def is_eager(x: Tensor) -> bool:
     """True when `x` holds numbers and nobody watches: no functorch or vmap level, dispatch mode, subclass or meta."""
     return (
         type(x) in _PLAIN
@@ -97,7 +97,7 @@ def call(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Tensor]
 
 def _evaluate(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Tensor]) -> Tensor:
     """The numbers, without a graph: in place when they exist, else through the dispatcher op for whoever traces."""
-    if not _is_eager(x):
+    if not is_eager(x):
         with _C._AutoDispatchBelowAutograd():
             return _dispatch(x, tensors, op._handle, adjoint)
     return _compute(x, op, adjoint, tensors)
@@ -123,8 +123,7 @@ def _compute(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Ten
     if y.requires_grad:
         raise NotDifferentiableError(
             f"{type(op).__name__} uses a tensor that requires grad but does not hold it, so its gradient would be "
-            f"lost; "
-            f"assign the tensor as an attribute of the operator, or set `_native = True` if its code is plain torch"
+            f"lost; assign the tensor as an attribute of the operator, or set `_native = True` if its code is torch"
         )
     return y
 
@@ -281,8 +280,7 @@ def _refuse_nested_forward_mode(op: LinearOperator) -> None:
     if levels >= 2:
         raise NotDifferentiableError(
             f"forward mode nested in forward mode with respect to the parameters of {type(op).__name__} is wrong "
-            f"in torch "
-            f"(pytorch#197867); use reverse mode for one of the two, for example jacfwd(jacrev(f))"
+            f"in torch (pytorch#197867); use reverse mode for one of the two, for example jacfwd(jacrev(f))"
         )
 
 

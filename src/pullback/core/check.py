@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback.core import spectrum
 from pullback.core.errors import ArgumentError, NotDifferentiableError, PullbackError
+from pullback.core.interop import device_of
 from pullback.core.operator import LinearOperator
 from pullback.core.shapes import size
 
@@ -154,7 +154,7 @@ class _Probe:
 
     def __init__(self, op: LinearOperator, seed: int) -> None:
         self.op = op
-        self.device = spectrum.device_of(op)
+        self.device = device_of(op)
         self.generator = torch.Generator().manual_seed(seed)
         self.small = max(op.shape) <= _DENSE_LIMIT
 

@@ -80,14 +80,21 @@ def share(x: np.ndarray, owner: str) -> Tensor:
     return torch.from_numpy(x)
 
 
+def device_of(op: Operator) -> torch.device:
+    """Where the operator's tensors lie; the CPU if it holds none."""
+    for tensors in (op.parameters(), op.buffers()):
+        for t in tensors:
+            return t.device
+    return torch.device("cpu")
+
+
 def apply_numpy(op: Operator, x: Any, adjoint: bool) -> Any:
     """op(x) for an ndarray."""
     if not isinstance(x, np.ndarray):
         raise DtypeError(f"{op._name(adjoint)} expects a torch tensor or a NumPy array; got {type(x).__name__}")
     t = share(x, op._name(adjoint))
-    held = next(iter(op.buffers()), None)
     with torch.no_grad():
-        y = op._call(t if held is None else t.to(held.device), adjoint)
+        y = op._call(t.to(device_of(op)), adjoint)
     return y.resolve_conj().resolve_neg().cpu().numpy()
 
 

@@ -43,7 +43,7 @@ class Operator(torch.nn.Module):
     _half: ClassVar[bool] = True  # False: float16 and bfloat16 are computed in float32
     _real_domain: bool = False  # the domain is R^n: complex input is refused
     _real_range: bool = False  # the range is R^m: complex input to the adjoint is refused
-    _aliases: bool = False  # _forward may return (a view of) its input; the public call then copies
+    _aliases: bool = False  # _forward may return (a view of) its input; the public call then looks and copies
 
     def __init__(self, dims: Dims, dimsd: Dims, *, dtype: Any = None) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Operator(torch.nn.Module):
                 + f"; got {tuple(x.shape)}; leading axes are the batch"
                 + ("; for the columns of a matrix use matmat" if x.ndim == 2 and x.shape[0] == size(dims) else "")
             )
-        return y.clone(memory_format=torch.contiguous_format) if self._aliases else y
+        return _unshared(y, x) if self._aliases else y
 
     def _run(self, x: Tensor, adjoint: bool = False) -> Tensor:
         """Apply to (..., *dims) without checks; what operators call on each other."""
@@ -203,28 +203,27 @@ class Operator(torch.nn.Module):
             return tensor
         return self._cached(("cast", dtype), tensor, lambda t: t.to(dtype))
 
-    def _cached(self, key: Any, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function(tensor), kept until `tensor` is replaced or changed in place.
+    def _cached(self, key: Any, tensors: Tensor | Sequence[Tensor], function: Callable[..., Any]) -> Any:
+        """function(*tensors), kept until one of the tensors is replaced or changed in place.
 
-        Never kept where it may be differentiated.
+        Never kept where it may be differentiated, traced or made of tensors that do not tell when they are changed.
         """
+        held = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
         if (
             torch.compiler.is_compiling()
-            or not autograd._is_eager(tensor)
-            or autograd.is_live(tensor)
-            or tensor.is_inference()
+            or torch.is_inference_mode_enabled()
+            or any(not autograd.is_eager(t) or autograd.is_live(t) or t.is_inference() for t in held)
         ):
-            return function(tensor)
-        entry = self.__dict__.setdefault("_cache", {}).get((key, id(tensor)))
-        if entry is not None and entry[0] is tensor and entry[1] == tensor._version:
+            return function(*held)
+        cache = self.__dict__.setdefault("_cache", {})
+        key = (key, *map(id, held))
+        entry = cache.get(key)
+        if entry is not None and all(a is b and v == b._version for a, v, b in zip(*entry[:2], held, strict=True)):
             return entry[2]
-        value = function(tensor)
-        if value.is_inference():
-            return value
-        cache = self.__dict__["_cache"]
+        value = function(*held)
         if len(cache) >= 8:
             cache.clear()
-        cache[(key, id(tensor))] = (tensor, tensor._version, value)
+        cache[key] = (held, [t._version for t in held], value)
         return value
 
     def _copy(self) -> Any:
@@ -269,11 +268,8 @@ class Operator(torch.nn.Module):
     # Text ----------------------------------------------------------------------------------------------------------
 
     def _expression(self, level: int = 0) -> str:
-        """The operator as a formula; `level` is the binding strength of what surrounds it (1 sum, 2 product, 3
-        power).
-        """
-        extra = self.extra_repr()
-        return f"{type(self).__name__}({extra})"
+        """The operator as a formula; `level` is how strongly what surrounds it binds: 1 sum, 2 product, 3 power."""
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         """What stands in the brackets of repr."""
@@ -312,10 +308,8 @@ class LinearOperator(Operator):
         self._wake()
 
     def _wake(self) -> None:
-        if (
-            torch.compiler.is_dynamo_compiling()
-        ):  # made while tracing (A.H, 2 * A + B): it has no name, only its parts have
-            self.__dict__["_delegates"] = True
+        if torch.compiler.is_dynamo_compiling():
+            self.__dict__["_delegates"] = True  # made while tracing (A.H): it has no name, only its parts have
         else:
             self.__dict__["_handle"] = autograd.register(self)
 
@@ -489,19 +483,9 @@ class LinearOperator(Operator):
 
         Kept until a tensor that the operator holds changes.
         """
-        tensors = [*self.parameters(), *self.buffers()]
-        if any(t.is_inference() for t in tensors):  # these do not tell when they are changed
-            return spectrum.norm_bound(self, maxiter)
-        state = [(t, t._version) for t in tensors]
-        known = self.__dict__.get("_bound")
-        if (
-            known is None
-            or known[0] != maxiter
-            or len(known[1]) != len(state)
-            or any(a is not b or u != v for (a, u), (b, v) in zip(known[1], state, strict=True))
-        ):
-            known = self.__dict__["_bound"] = (maxiter, state, spectrum.norm_bound(self, maxiter))
-        return known[2]
+        tensors = (*self.parameters(), *self.buffers())
+        with torch.no_grad():
+            return self._cached(("norm bound", maxiter), tensors, lambda *_: spectrum.norm_bound(self, maxiter))
 
     def eigs(self, neigs: int | None = None, symmetric: bool = False, **kwargs: Any) -> np.ndarray:
         """Eigenvalues by decreasing magnitude; of a rectangular operator its singular values. See `spectrum.eigs`."""
@@ -532,7 +516,14 @@ class LinearOperator(Operator):
         return new
 
 
-_TRANSIENT = {"_handle", "_cache", "_bound", "_derivatives", "_adjoint_ref"}
+_TRANSIENT = {"_handle", "_cache", "_derivatives", "_adjoint_ref"}
+
+
+def _unshared(y: Tensor, x: Tensor) -> Tensor:
+    """y, copied if it lies in the memory of x, or if that cannot be seen because somebody traces."""
+    if autograd.is_eager(y) and y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return y
+    return y.clone(memory_format=torch.contiguous_format)
 
 
 def _show(dims: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError
-from pullback.core.interop import torch_dtype
+from pullback.core.interop import device_of, torch_dtype
 from pullback.core.shapes import complex_of, real_of, size
 
 if TYPE_CHECKING:
@@ -27,14 +27,6 @@ def probe_dtype(op: LinearOperator, dtype: torch.dtype | None = None) -> torch.d
     if op._real_domain:
         return real_of(dtype)
     return dtype if op._clinear or dtype.is_complex else complex_of(dtype)
-
-
-def device_of(op: LinearOperator) -> torch.device:
-    """Where the operator's tensors lie; the CPU if it holds none."""
-    for tensors in (op.parameters(), op.buffers()):
-        for t in tensors:
-            return t.device
-    return torch.device("cpu")
 
 
 def todense(op: LinearOperator, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:

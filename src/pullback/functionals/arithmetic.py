@@ -37,5 +37,5 @@ def total(values: Tensor, n: int) -> Tensor:
 def is_live(*values: Any) -> bool:
     """Whether a derivative may be asked for, so that nothing may be overwritten."""
     return torch.compiler.is_compiling() or any(
-        isinstance(v, Tensor) and (autograd.is_live(v) or not autograd._is_eager(v)) for v in values
+        isinstance(v, Tensor) and (autograd.is_live(v) or not autograd.is_eager(v)) for v in values
     )

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pullback.core import autograd
 from pullback.core.errors import ArgumentError
 from pullback.core.operator import LinearOperator
 from pullback.imaging._joseph import _JosephSampler
@@ -117,21 +116,9 @@ class XRayTransform(LinearOperator):
     def _geometry(self) -> tuple[tuple[Tensor, ...], Tensor]:
         """The worker's tensors and the weight, from angles and center; kept while these are constant and the same."""
         function = self._joseph_geometry if self.method == "joseph" else self._fourier_geometry
-        known = (self.angles, self.center)
-        if torch.compiler.is_compiling() or any(
-            autograd.is_live(t) or t.is_inference() or not autograd._is_eager(t) for t in known
-        ):
-            return function()
-        cache = self.__dict__.setdefault("_cache", {})
-        versions = tuple(t._version for t in known)
-        entry = cache.get("geometry")
-        if entry is None or entry[0][0] is not known[0] or entry[0][1] is not known[1] or entry[1] != versions:
-            with torch.no_grad():
-                value = function()
-            if value[1].is_inference():
-                return value
-            entry = cache["geometry"] = (known, versions, value)
-        return entry[2]  # type: ignore[no-any-return]
+        geometry: tuple[tuple[Tensor, ...], Tensor]
+        geometry = self._cached("geometry", (self.angles, self.center), lambda *_: function())
+        return geometry
 
     # Joseph ----------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class FunctionOperator(LinearOperator):
     """
 
     _half = False
+    _aliases = True
 
     def __init__(self, f: Callable[[Tensor], Any], *args: Any, batched: bool = False, dtype: Any = None) -> None:
         fc = args[0] if args and callable(args[0]) else None
@@ -67,7 +68,7 @@ class FunctionOperator(LinearOperator):
         if not isinstance(y, Tensor) or tuple(y.shape) != tuple(shape):
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ShapeError(f"FunctionOperator: the function must return a tensor of shape {tuple(shape)}; got {got}")
-        return y.clone() if y is x else y
+        return y
 
     def extra_repr(self) -> str:
         """What stands in the brackets of repr."""
