@@ -79,6 +79,21 @@ def is_eager(x: Tensor) -> bool:
     )
 
 
+def transforms_active() -> bool:
+    """Whether a torch.func transform is running."""
+    return bool(_transforms_active())
+
+
+def below_autograd() -> Any:
+    """A context in which dispatcher ops skip autograd."""
+    return _C._AutoDispatchBelowAutograd()
+
+
+def ordinary() -> Any:
+    """A context in which the dispatcher behaves as in ordinary code, for code that the dispatcher itself calls."""
+    return _C._ForceDispatchKeyGuard(*_ORDINARY)
+
+
 def call(x: Tensor, op: LinearOperator, adjoint: bool, tensors: Sequence[Tensor]) -> Tensor:
     """A(tensors) x or A(tensors)^H x, differentiably, for `x` of shape (..., *dims).
 
@@ -286,11 +301,11 @@ def _refuse_nested_forward_mode(op: LinearOperator) -> None:
 
 # The dispatcher op --------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("pullback", "DEF")
+library = torch.library.Library("pullback", "DEF")
 # Four optional tensors and not a list: torch's older vmap, which gradcheck uses, cannot batch over list arguments.
 _SLOTS = 4
 _ORDINARY = (_C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set())  # of ordinary code
-_library.define(
+library.define(
     "apply(Tensor x, int handle, bool adjoint, Tensor? a, Tensor? b, Tensor? c, Tensor? d) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -335,10 +350,10 @@ def _autograd_kernel(x: Tensor, handle: int, adjoint: bool, *slots: Tensor | Non
     return _fast_apply(x, lookup(handle), adjoint, *tensors)
 
 
-_library.impl("apply", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("pullback::apply", _fake, lib=_library)
-_library.impl("apply", _autograd_kernel, "Autograd")
-_library.impl(
+library.impl("apply", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("pullback::apply", _fake, lib=library)
+library.impl("apply", _autograd_kernel, "Autograd")
+library.impl(
     "apply",
     lambda x, handle, adjoint, *slots: _Bridge.apply(x, lookup(handle), adjoint, *_given(slots)),
     "FuncTorchDynamicLayerFrontMode",

@@ -1,0 +1,1 @@
+"""Renderers of the scalar program: eager torch, LLVM, Triton."""

@@ -1,0 +1,1 @@
+"""The formula language: expressions, the tables of operations and reductions, derivatives, rewriting."""

@@ -1,0 +1,243 @@
+"""Vector expressions -> scalar values with common subexpressions shared: what the renderers turn into code.
+
+A `Value` is one number for a pair. Short vectors are unrolled into one Value for each component. Long ones (from
+`ROLL` components on) stay loops over d: a "Loop" value is a sum over d of a body, a `Segment` of the result may be one body
+for all d. Inside a body, "Component" reads component d of an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pullback.core.errors import PullbackError
+from pullback.kernels.ir.expr import ROLE, Expr, walk
+from pullback.kernels.ir.primitives import PRIMITIVES
+from pullback.kernels.ir.reductions import Program
+from pullback.kernels.ir.structure import STRUCTURES
+
+ROLL = 12  # components from which a vector is a loop
+LIMIT = 6000  # values above which compiling takes longer than anybody waits
+
+
+class TooLarge(PullbackError):
+    """The formula unrolls into more scalar code than is sensible; the eager renderer takes it."""
+
+
+class Value:
+    """One scalar: op(*args; *params). Interned by the Lowering that made it, so equal ones are the same object.
+
+    Args:
+        op: an elementwise primitive, or "Const" (value), "Load" (argument, component), "Component" (argument),
+            "Index" (category), "Loop" (size; its one argument is the body to be summed over d).
+        role: bit 1 if it depends on i, 2 if on j, 3 for pairs, 0 for parameters and constants.
+        depth: it depends on the loop counter d.
+    """
+
+    __slots__ = ("args", "depth", "op", "params", "role")
+
+    def __init__(self, op: str, args: tuple[Value, ...], params: tuple[Any, ...], role: int, depth: bool) -> None:
+        self.op, self.args, self.params, self.role, self.depth = op, args, params, role, depth
+
+    def __repr__(self) -> str:
+        return f"{self.op}({', '.join([*map(repr, self.args), *map(str, self.params)])})"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Columns start .. start + size of a result: one Value each, or one body for all of them (rolled)."""
+
+    start: int
+    size: int
+    values: tuple[Value, ...]  # of length size, or 1 if rolled
+    rolled: bool
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The scalar code of a Program: for each of its expressions the segments of its components."""
+
+    program: Program
+    segments: tuple[tuple[Segment, ...], ...]
+
+    def values(self) -> list[Value]:
+        """Every value once, arguments first (bodies of loops included)."""
+        seen: dict[int, Value] = {}
+
+        def visit(v: Value) -> None:
+            stack = [(v, False)]
+            while stack:
+                node, ready = stack.pop()
+                if ready:
+                    seen[id(node)] = node
+                elif id(node) not in seen:
+                    stack.append((node, True))
+                    stack.extend((a, False) for a in reversed(node.args) if id(a) not in seen)
+
+        for group in self.segments:
+            for segment in group:
+                for v in segment.values:
+                    visit(v)
+        return list(seen.values())
+
+
+class _Lowering:
+    def __init__(self) -> None:
+        self.table: dict[Any, Value] = {}
+        self.unrolled: dict[Expr, list[Value]] = {}
+        self.bodies: dict[Expr, Value | None] = {}
+
+    # Values --------------------------------------------------------------------------------------------------------
+
+    def node(self, op: str, args: tuple[Value, ...] = (), params: tuple[Any, ...] = (), role: int = 0) -> Value:
+        key = (op, tuple(map(id, args)), params if op != "Const" else repr(params))
+        value = self.table.get(key)
+        if value is None:
+            for a in args:
+                role |= a.role
+            depth = op == "Component" or (op != "Loop" and any(a.depth for a in args))
+            value = self.table[key] = Value(op, args, params, role, depth)
+            if len(self.table) > LIMIT:
+                raise TooLarge(f"the formula needs more than {LIMIT} scalar operations")
+        return value
+
+    def const(self, x: float) -> Value:
+        return self.node("Const", (), (float(x),))
+
+    def arithmetic(self, op: str, *operands: Any) -> Value:
+        """A scalar operation, simplified where that changes no finite value."""
+        if op == "Const":
+            return self.const(operands[0])
+        if not isinstance(operands[-1], Value):
+            n = sum(isinstance(a, Value) for a in operands)
+            args, params = operands[:n], operands[n:]
+        else:
+            args, params = operands, ()
+        if all(a.op == "Const" for a in args):
+            numbers = [torch.tensor(a.params[0], dtype=torch.float64) for a in args]
+            return self.const(PRIMITIVES[op].torch(*numbers, *params).item())
+        rule = _IDENTITIES.get(op)
+        found = rule(self, *args) if rule else None
+        return found if found is not None else self.node(op, args, params)
+
+    # Expressions ---------------------------------------------------------------------------------------------------
+
+    def components(self, e: Expr) -> list[Value]:
+        """One Value for each component."""
+        for node in walk(e):
+            if node not in self.unrolled:
+                self.unrolled[node] = self._components(node)
+        return self.unrolled[e]
+
+    def _components(self, e: Expr) -> list[Value]:
+        if e.op == "Var":
+            position, category = e.params
+            return [self.node("Load", (), (position, k), ROLE[category]) for k in range(e.dim)]
+        if e.op == "Const":
+            return [self.const(v) for v in e.params]
+        if e.op == "Index":
+            return [self.node("Index", (), e.params, ROLE[e.params[0]])]
+        if e.op == "Sum" and e.args[0].dim >= ROLL:
+            body = self.body(e.args[0])
+            if body is not None:
+                return [self.node("Loop", (body,), (e.args[0].dim,))]
+        parts = [self.unrolled[a] for a in e.args]
+        if e.op in STRUCTURES:
+            return STRUCTURES[e.op].lower(self.arithmetic, parts, e.params)
+        return [self.arithmetic(e.op, *(p[0] if len(p) == 1 else p[k] for p in parts), *e.params) for k in range(e.dim)]
+
+    def body(self, e: Expr) -> Value | None:
+        """Component d of a long vector as one Value, or None if its components differ in kind."""
+        for node in walk(e):
+            if node not in self.bodies:
+                self.bodies[node] = self._body(node)
+        return self.bodies[e]
+
+    def _body(self, e: Expr) -> Value | None:
+        if e.dim == 1:
+            return self.components(e)[0]
+        if e.op == "Var":
+            return self.node("Component", (), (e.params[0],), ROLE[e.params[1]])
+        if e.op == "Const":
+            return self.const(e.params[0]) if len(set(e.params)) == 1 else None
+        if e.op == "SumT":
+            return self.components(e.args[0])[0]
+        if e.op not in PRIMITIVES:
+            return None
+        parts = [self.bodies[a] for a in e.args]
+        if any(p is None for p in parts):
+            return None
+        return self.arithmetic(e.op, *parts, *e.params)
+
+    def segments(self, e: Expr) -> list[tuple[int, tuple[Value, ...], bool]]:
+        if e.op == "Concat":
+            return [s for a in e.args for s in self.segments(a)]
+        body = self.body(e) if e.dim >= ROLL else None
+        if body is not None:
+            return [(e.dim, (body,), True)]
+        return [(e.dim, tuple(self.components(e)), False)]
+
+
+def _is(v: Value, x: float) -> bool:
+    return v.op == "Const" and bool(v.params[0] == x)
+
+
+def _add(low: _Lowering, a: Value, b: Value) -> Value | None:
+    return b if _is(a, 0) else a if _is(b, 0) else low.arithmetic("Subtract", a, b.args[0]) if b.op == "Minus" else None
+
+
+def _subtract(low: _Lowering, a: Value, b: Value) -> Value | None:
+    return low.arithmetic("Minus", b) if _is(a, 0) else a if _is(b, 0) else None
+
+
+def _mult(low: _Lowering, a: Value, b: Value) -> Value | None:
+    if _is(a, 0) or _is(b, 0):
+        return low.const(0.0)
+    for one, other in ((a, b), (b, a)):
+        if _is(one, 1):
+            return other
+        if _is(one, -1):
+            return low.arithmetic("Minus", other)
+        if other.op == "Mult" and other.args[0].op == "Const":  # constants to the front, where they are folded
+            return low.arithmetic("Mult", low.arithmetic("Mult", other.args[0], one), other.args[1])
+    return low.node("Mult", (b, a)) if b.op == "Const" else None
+
+
+_IDENTITIES: dict[str, Callable[..., Value | None]] = {
+    "Add": _add,
+    "Subtract": _subtract,
+    "Mult": _mult,
+    "Divide": lambda low, a, b: a if _is(b, 1) else low.const(0.0) if _is(a, 0) else None,
+    "Minus": lambda low, a: a.args[0] if a.op == "Minus" else None,
+    "Square": lambda low, a: low.arithmetic("Square", a.args[0]) if a.op == "Minus" else None,
+    "Where": lambda low, c, a, b: (a if c.params[0] != 0 else b) if c.op == "Const" else a if a is b else None,
+}
+
+
+def expand(e: Expr, column: str) -> Expr:
+    """`e` with every operation that a renderer lacks (its column is None) written in those that it has."""
+    done: dict[Expr, Expr] = {}
+    for node in walk(e):
+        args = tuple(done[a] for a in node.args)
+        row = PRIMITIVES.get(node.op)
+        if row is not None and getattr(row, column) is None and row.expand is not None:
+            done[node] = expand(row.expand(*args, *node.params), column)
+        else:
+            done[node] = node if args == node.args else Expr(node.op, args, node.params, node.dim)
+    return done[e]
+
+
+def lower(program: Program, column: str = "llvm") -> Lowered:
+    """The scalar code of `program` for the renderer of that column. Raises TooLarge."""
+    low = _Lowering()
+    groups = []
+    for e in program.exprs:
+        start, group = 0, []
+        for size, values, rolled in low.segments(expand(e, column)):
+            group.append(Segment(start, size, values, rolled))
+            start += size
+        groups.append(tuple(group))
+    return Lowered(program, tuple(groups))

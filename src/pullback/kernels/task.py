@@ -1,0 +1,171 @@
+"""Task: a program with its pattern and back end, as a differentiable map of tensors.
+
+The derivative of a program is a program, so pullback and pushforward are again calls of tasks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pullback.core import maps
+from pullback.core.errors import ArgumentError, NotDifferentiableError
+from pullback.kernels.codegen import eager
+from pullback.kernels.ir import reductions
+from pullback.kernels.ir.expr import I, J
+from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, REDUCTIONS, Program
+from pullback.kernels.plan.ranges import Ranges
+
+try:
+    from pullback.kernels.runtime import launch
+except ImportError:
+    launch = None
+
+BACKENDS = ("auto", "eager", "llvm")
+
+
+def event_rank(category: int) -> int:
+    """Trailing axes of an argument that are not batch: (rows, dim) or (dim,)."""
+    return 2 if category in (I, J) else 1
+
+
+def sizes(signature: Sequence[tuple[int, int]], tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], int, int]:
+    """(batch shape, number of rows, number of columns) of checked arguments."""
+    m = n = 1
+    batches = []
+    for t, (_, category) in zip(tensors, signature, strict=True):
+        if category == I:
+            m = t.shape[-2]
+        elif category == J:
+            n = t.shape[-2]
+        if t.ndim > event_rank(category):
+            batches.append(t.shape[: t.ndim - event_rank(category)])
+    if not batches:
+        return (), m, n
+    return (tuple(batches[0]) if len(batches) == 1 else tuple(torch.broadcast_shapes(*batches))), m, n
+
+
+class Task:
+    """y = program(tensors) over the pairs of a pattern, on a back end; a `core.maps.Map`.
+
+    Args:
+        program: what is reduced.
+        ranges: block-sparse pattern; None: all pairs.
+        backend: "auto", "eager" or "llvm".
+    """
+
+    def __init__(self, program: Program, ranges: Ranges | None, backend: str) -> None:
+        self.program, self.ranges, self.backend = program, ranges, backend
+        self.key = f"kernel:{next(_numbers)}:{program}"
+        self.events = tuple(event_rank(category) for _, category in program.signature)
+        self.integer = REDUCTIONS[program.kind].integer
+        self.rows = tuple(KEPT[a] for a in program.axes)
+        self._compiled: dict[torch.dtype, bool] = {}
+        maps.register(self)
+
+    def __repr__(self) -> str:
+        return f"Task({self.program}, backend={self.backend!r})"
+
+    def event(self) -> tuple[int, ...]:
+        """How many trailing axes of each tensor are not batch."""
+        return self.events
+
+    def uses_llvm(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the compiled back end runs this; raises if it was asked for and cannot."""
+        if self.backend == "eager":
+            return False
+        if device.type != "cpu":
+            if self.backend == "llvm":
+                raise ArgumentError(f"backend='llvm' runs on the CPU; the tensors lie on {device}; use backend='auto'")
+            return False
+        found = self._compiled.get(dtype)
+        if found is None:
+            found = self._compiled[dtype] = launch is not None and launch.supports(self.program, dtype)
+        if not found and self.backend == "llvm":
+            raise ArgumentError(f"backend='llvm' cannot compile {self.program} for {dtype}; use backend='auto'")
+        return found
+
+    def evaluate(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The numbers."""
+        batch, m, n = sizes(self.program.signature, tensors)
+        like = tensors[0]
+        if self.uses_llvm(like.device, like.dtype):
+            return launch.run(self.program, tensors, batch, m, n, self.ranges)
+        return eager.run(self.program, tensors, batch, m, n, self.ranges)
+
+    def fake(self, tensors: Sequence[Tensor]) -> Tensor:
+        """An empty tensor of the result's shape and dtype."""
+        batch, m, n = sizes(self.program.signature, tensors)
+        count = (m, n, 1)
+        if len(self.rows) == 1:
+            rows = () if self.rows[0] == 2 else (count[self.rows[0]],)
+            shape: tuple[int, ...] = (*batch, *rows, self.program.widths[0])
+        else:
+            shape = (*batch, sum(count[r] * w for r, w in zip(self.rows, self.program.widths, strict=True)))
+        return tensors[0].new_empty(shape, dtype=torch.int64 if self.integer else tensors[0].dtype)
+
+    def _pieces(self, program: Program, y: Tensor, m: int, n: int) -> list[Tensor]:
+        """The results that stand flat in `y`, each with its own shape."""
+        if len(program.axes) == 1:
+            return [y]
+        pieces, start = [], 0
+        for axis, width in zip(program.axes, program.widths, strict=True):
+            rows = (m, n, 1)[KEPT[axis]]
+            piece = y[..., start : start + rows * width]
+            pieces.append(piece if axis == OVER_BOTH else piece.reshape(*piece.shape[:-1], rows, width))
+            start += rows * width
+        return pieces
+
+    def _extras(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        programs = REDUCTIONS[self.program.kind].extras(self.program)
+        return [maps.call(task(p, self.ranges, self.backend), tensors) for p in programs]
+
+    def _saved(self, tensors: Sequence[Tensor], new: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+        own = [] if self.program.kind == "Sum" else [out]
+        return [*tensors, *new, *own, *self._extras(tensors)]
+
+    def pullback(
+        self, tensors: Sequence[Tensor], out: Tensor, g: Tensor, wanted: Sequence[int]
+    ) -> Sequence[Tensor | None]:
+        """Gradients in the tensors numbered `wanted`, all in one pass over the pairs."""
+        self._refuse_integer()
+        program, layout = reductions.pullback(self.program, tuple(wanted))
+        grads: dict[int, Tensor] = {}
+        if program is not None:
+            _, m, n = sizes(self.program.signature, tensors)
+            args = self._saved(tensors, self._pieces(self.program, g, m, n), out)
+            y = maps.call(task(program, self.ranges, self.backend), args)
+            for piece, members in zip(self._pieces(program, y, m, n), layout, strict=True):
+                dims = [self.program.signature[i][0] for i in members]
+                parts = [piece] if len(dims) == 1 else piece.split(dims, -1)
+                for i, part in zip(members, parts, strict=True):
+                    grads[i] = part if part.shape == tensors[i].shape else part.sum_to_size(tensors[i].shape)
+        return [grads.get(i) for i in wanted]
+
+    def pushforward(self, tensors: Sequence[Tensor], out: Tensor, tangents: Sequence[Tensor | None]) -> Tensor | None:
+        """The tangent of the result, in one pass over the pairs."""
+        if self.integer:
+            return None
+        moving = tuple(i for i, t in enumerate(tangents) if t is not None)
+        program = reductions.pushforward(self.program, moving)
+        if program is None:
+            return None
+        args = self._saved(tensors, [t for t in tangents if t is not None], out)
+        return maps.call(task(program, self.ranges, self.backend), args)
+
+    def _refuse_integer(self) -> None:
+        if self.integer:
+            raise NotDifferentiableError(f"{self.program.kind} gives indices, which have no gradient")
+
+
+_numbers = itertools.count()
+
+
+@lru_cache(maxsize=8192)
+def task(program: Program, ranges: Ranges | None = None, backend: str = "auto") -> Task:
+    """The task, made once, so that its compiled code and its name in graphs are shared."""
+    return Task(program, ranges, backend)
