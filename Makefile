@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test quick lint types bench-operators bench-xray clean
+.PHONY: demo test quick lint types bench-operators bench-xray bench-kernels clean
 
 demo: $(VENV)/.imaging
 	$(BIN)/pullback demo --out demo-output
@@ -24,6 +24,9 @@ types: $(VENV)/.dev
 
 bench-operators: $(VENV)/.dev
 	$(BIN)/python benchmarks/operators.py
+
+bench-kernels: $(VENV)/.bench
+	$(BIN)/python benchmarks/kernels.py
 
 bench-xray: $(VENV)/.bench
 	$(BIN)/python benchmarks/xray.py

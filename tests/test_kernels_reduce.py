@@ -1,5 +1,6 @@
 """Reductions against dense torch: values, derivatives of every order and mode, transforms, shapes, errors."""
 
+import itertools
 import math
 import pickle
 
@@ -344,7 +345,7 @@ def transposed(triple):
     blocks, ends, spans = (t.tolist() for t in triple)
     cuts = sorted({0, 7, *(c for s in spans for c in s)})
     ranges_j, slices_j, redranges_i = [], [], []
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in itertools.pairwise(cuts):
         start = 0
         for block, end in zip(blocks, ends, strict=True):
             redranges_i += [block for s in spans[start:end] if s[0] <= a and b <= s[1]]
@@ -355,7 +356,7 @@ def transposed(triple):
 
 
 def test_strided_and_shared_inputs():
-    x, y, b, p = data(6, 7)
+    x, _, _, p = data(6, 7)
     wide = torch.randn(7, 9, dtype=torch.float64)
     args = (x.t().contiguous().t(), wide[:, 1:7:2], wide[:, :2], p.expand(1))
     same(reducer("Sum")(args), dense("Sum", args))

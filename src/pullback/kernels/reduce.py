@@ -1,4 +1,4 @@
-"""Reducer: a reduction as users know it, prepared once: inputs checked, composed of the engine's rows, called cheaply."""
+"""Reducer: a reduction as users know it, prepared once and called cheaply: checks, and composition of programs."""
 
 from __future__ import annotations
 
@@ -243,8 +243,9 @@ class Reducer:
                 if a.shape[-2] != args[q].shape[-2]:
                     self._raise(
                         ShapeError,
-                        f"{self.names[q]} and {self.names[p]} are both {CATEGORY[category]}, but have {args[q].shape[-2]} "
-                        f"and {a.shape[-2]} rows: shapes {tuple(args[q].shape)} and {tuple(a.shape)}",
+                        f"{self.names[q]} and {self.names[p]} are both {CATEGORY[category]}, but have "
+                        f"{args[q].shape[-2]} and {a.shape[-2]} rows: shapes {tuple(args[q].shape)} and "
+                        f"{tuple(a.shape)}",
                     )
         if len({a.dtype for a in args}) > 1:
             self._raise(DtypeError, f"arguments differ in dtype: {self._where(args, lambda t: str(t.dtype))}")
