@@ -439,3 +439,23 @@ def test_bad_options():
         blocks = list(pattern())
         blocks[2] = blocks[2] + 5
         reducer("Sum")(data(6, 7), ranges=blocks)
+
+
+def test_patterns_are_prepared_once_and_not_kept():
+    import gc
+    import weakref
+
+    from pullback.kernels.plan.ranges import as_ranges
+
+    blocks = pattern()
+    first = as_ranges(blocks, 6, 7)
+    assert as_ranges(blocks, 6, 7) is first
+    blocks[2][0, 1] = 3
+    assert as_ranges(blocks, 6, 7) is not first
+    reducer("Sum")(data(6, 7), ranges=first)
+    known = weakref.ref(next(iter(first.tasks.values())))
+    del first
+    for _ in range(20):
+        as_ranges(pattern(), 6, 7)
+    gc.collect()
+    assert known() is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,12 +42,12 @@ class Map(Protocol):
         """The tangent of the result, made of differentiable calls. None is zero."""
 
 
-_found: dict[str, Map] = {}
+_found: WeakValueDictionary[str, Map] = WeakValueDictionary()
 _resolvers: list[Callable[[str], Map | None]] = []
 
 
 def register(m: Map) -> None:
-    """Make `m` known to graphs by its key."""
+    """Make `m` known to graphs by its key, while it lives."""
     _found.setdefault(m.key, m)
 
 
@@ -62,7 +63,9 @@ def lookup(key: str) -> Map:
         if m is None:
             m = resolve(key)
     if m is None:
-        raise NotDifferentiableError(f"the map {key!r} of a traced graph is not known in this process")
+        raise NotDifferentiableError(
+            f"the map {key!r} of a traced graph no longer exists; keep what made it alive as long as the graph"
+        )
     return m
 
 

@@ -165,7 +165,16 @@ class Task:
 _numbers = itertools.count()
 
 
-@lru_cache(maxsize=8192)
 def task(program: Program, ranges: Ranges | None = None, backend: str = "auto") -> Task:
     """The task, made once, so that its compiled code and its name in graphs are shared."""
-    return Task(program, ranges, backend)
+    if ranges is None:
+        return _task(program, backend)
+    found = ranges.tasks.get((program, backend))
+    if found is None:
+        found = ranges.tasks.setdefault((program, backend), Task(program, ranges, backend))
+    return found
+
+
+@lru_cache(maxsize=8192)
+def _task(program: Program, backend: str) -> Task:
+    return Task(program, None, backend)

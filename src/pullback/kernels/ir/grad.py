@@ -14,7 +14,7 @@ from pullback.kernels.ir.structure import STRUCTURES
 
 
 def partials(node: Expr) -> tuple[Expr | None, ...]:
-    """d out / d operand for each operand of an elementwise node."""
+    """`d out / d operand` for each operand of an elementwise node."""
     found = PRIMITIVES[node.op].partials(*node.args, *node.params, node)
     return tuple(None if p is None or is_const(p, 0.0) else p for p in found)
 
@@ -42,7 +42,7 @@ def depends(root: Expr, wanted: Sequence[Expr]) -> set[Expr]:
 
 
 def pullback(cotangents: Mapping[Expr, Expr], wanted: Sequence[Expr]) -> list[Expr | None]:
-    """sum over roots of (d root / d v)^T e for each v of `wanted`, None where it is zero.
+    """Sum over roots of (d root / d v)^T e for each v of `wanted`, None where it is zero.
 
     Args:
         cotangents: root -> cotangent of the same dimension. Many roots share one walk.
@@ -98,15 +98,22 @@ def pushforward(roots: Sequence[Expr], tangents: Mapping[Expr, Expr]) -> list[Ex
 # Symbolic operators of the formula language -----------------------------------------------------------------------
 
 
+def _check_dim(name: str, argument: str, e: Expr, dim: int) -> None:
+    if e.dim not in (1, dim):
+        raise ShapeError(f"{name} expects {argument} of dimension {dim} (or 1); got {e.dim}")
+
+
 def grad(f: Expr, v: Expr, e: Expr) -> Expr:
     """Grad(f, v, e) = (df/dv)^T e, of the dimension of v."""
+    _check_dim("Grad(f, v, e)", "e", e, f.dim)
     (g,) = pullback({f: e}, [v])
     return zero(v.dim) if g is None else g
 
 
 def diff(f: Expr, v: Expr, u: Expr) -> Expr:
     """Diff(f, v, u) = (df/dv) u, of the dimension of f."""
-    (t,) = pushforward([f], {v: u})
+    _check_dim("Diff(f, v, u)", "u", u, v.dim)
+    (t,) = pushforward([f], {v: _fit(u, v.dim, v.dim)})
     return zero(f.dim) if t is None else t
 
 
@@ -116,20 +123,15 @@ def unit(dim: int, k: int) -> Expr:
 
 
 def grad_matrix(f: Expr, v: Expr) -> Expr:
-    """GradMatrix(f, v): the transposed Jacobian, d f_a / d v_b at position a * v.dim + b, of dimension f.dim * v.dim."""
+    """GradMatrix(f, v): d f_a / d v_b at position a * v.dim + b, of dimension f.dim * v.dim."""
     return builders["Concat"](*(grad(f, v, unit(f.dim, k)) for k in range(f.dim)))
 
 
 def trace(f: Expr, v: Expr, w: Expr | None = None) -> Expr:
-    """TraceOperator(f, v, w): tr(diag(w) M) for the matrix M of the map v -> f, linear in v; of 1 M if f is a scalar.
-
-    `w` is a scalar or a vector of dimension v.dim, 1 if left out.
-    """
-    if f.dim not in (1, v.dim) or (w is not None and w.dim not in (1, v.dim)):
-        raise ShapeError(
-            f"TraceOperator(f, v, w) expects f and w of dimension 1 or {v.dim}, that of v; got {f.dim}"
-            + (f" and {w.dim}" if w is not None else "")
-        )
+    """sum_k w_k M_kk for the Jacobian M of the map v -> f; sum_k w_k M_0k if f is a scalar. `w` is 1 if left out."""
+    _check_dim("TraceOperator(f, v, w)", "f", f, v.dim)
+    if w is not None:
+        _check_dim("TraceOperator(f, v, w)", "w", w, v.dim)
     total: Expr | None = None
     for k in range(v.dim):
         (column,) = pushforward([f], {v: unit(v.dim, k)})
@@ -152,5 +154,32 @@ def divergence(f: Expr, v: Expr) -> Expr:
 def laplacian(f: Expr, v: Expr) -> Expr:
     """Laplacian(f, v) = sum_k d^2 f / d v_k^2 of a scalar f."""
     if f.dim != 1:
-        raise ShapeError(f"Laplacian(f, v) expects a scalar formula; {f} has dimension {f.dim}")
+        raise ShapeError(f"Laplacian(f, v) expects a scalar formula; got dimension {f.dim}")
     return divergence(grad(f, v, const(1)), v)
+
+
+_LINEAR = {"Minus", "Gather", "Scatter", "Sum", "SumT"}  # in their operand
+_JOINTLY = {"Add", "Subtract", "Concat"}  # in all operands together
+_EACH = {"Mult", "TensorDot"}  # in each operand
+
+
+def is_linear(f: Expr, v: Expr) -> bool:
+    """Whether f is linear in v by its form: f(0) = 0 counts, v^2 / v does not."""
+    found: dict[Expr, bool] = {}
+    moving = depends(f, [v])
+    for node in walk(f):
+        linear = [found[a] for a in node.args]
+        fixed = [a not in moving for a in node.args]
+        if node is v or is_const(node, 0.0):
+            found[node] = True
+        elif node.op in _LINEAR or node.op in _JOINTLY:
+            found[node] = all(linear)
+        elif node.op in _EACH:
+            found[node] = any(x and y for x, y in zip(linear, reversed(fixed), strict=True))
+        elif node.op == "Divide":
+            found[node] = linear[0] and fixed[1]
+        elif node.op in ("Where", "IfElse"):
+            found[node] = fixed[0] and linear[1] and linear[2]
+        else:
+            found[node] = False
+    return found[f]

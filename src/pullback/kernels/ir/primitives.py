@@ -1,13 +1,13 @@
 """THE table of elementwise operations: one row an operation, one column a thing to know about it.
 
-Operands are numbers for every pair; a vector operand acts component by component and a scalar one is broadcast. Columns:
-the torch definition, the partial derivatives as Expr, the name of the function in `codegen/vecmath.py`, the Triton text,
-the range that tests sample, and, for what a renderer need not know, the expansion in other rows.
+Operands are numbers for every pair; a vector operand acts component by component and a scalar one is broadcast.
+Columns: the torch definition, the partial derivatives as Expr, the name of the function in `codegen/vecmath.py`, the
+Triton text, the range that tests sample, and, for what a renderer need not know, the expansion in other rows.
 
 Conventions at edges, the same in every renderer: 1/sqrt(0) counts as 0, so that a norm has the gradient 0 where it
-vanishes (and so have Asin and Acos at +-1, where it is infinite); 0 log 0 = 0; the first operand wins in ties of Maximum
-and Minimum; steps have derivative 0; a comparison with nan is false. Derivatives never divide by a number that may vanish
-in a branch that is not taken: 0 * inf in its own derivative would be nan.
+vanishes (and so have Asin and Acos at +-1, where it is infinite); 0 log 0 = 0; the first operand wins in ties of
+Maximum and Minimum; steps have derivative 0; a comparison with nan is false. No derivative divides by what may vanish
+in a branch that is not taken: 0 * inf in the next derivative would be nan.
 """
 
 from __future__ import annotations
@@ -202,7 +202,6 @@ def _inverse_square(a: Expr, b: Expr) -> Expr:
     return op("Square", op("Rsqrt", op("Square", a) + op("Square", b)))
 
 
-
 _row("Sin", torch.sin, lambda a, y: op("Cos", a), "sin", "tl.sin({0})", _REAL)
 _row("Cos", torch.cos, lambda a, y: -op("Sin", a), "cos", "tl.cos({0})", _REAL)
 _row("Tan", torch.tan, lambda a, y: 1 + op("Square", y), "tan", "libdevice.tan({0})", (-1.4, 1.4))
@@ -247,11 +246,12 @@ _row(  # d^(n+1)/da^(n+1) log Gamma(a)
 
 
 def _sinc_series(x: Any, n: int) -> Any:
-    """The n-th derivative of sin(x)/x by its power series, for |x| <= 1 + n/4: sum_k (-1)^k x^(2k-n) / ((2k-n)! (2k+1)).
+    """The n-th derivative of sin(x)/x for |x| <= 1 + n/4, by sum_k (-1)^k x^(2k-n) / ((2k-n)! (2k+1)).
 
     The first term left out is below 2^-53 / (n + 1). `x` is a tensor or an Expr.
     """
-    terms, k = [], (n + 1) // 2
+    terms: list[float] = []
+    k = (n + 1) // 2
     while (1 + n / 4) ** (2 * k - n) / math.factorial(2 * k - n) > 2.0**-54 or len(terms) < 2:
         terms.append((-1) ** k / (math.factorial(2 * k - n) * (2 * k + 1)))
         k += 1
@@ -304,8 +304,6 @@ def _matern_torch(q: Tensor, p: int) -> Tensor:
 
 
 def _matern_polynomial(z: Any, p: int) -> Any:
-    if p not in (0, 1, 2):
-        raise ArgumentError(f"Matern expects the order 0, 1 or 2; got {p}")
     return (1.0, 1 + z, 1 + z + (z * z) * (1 / 3))[p]
 
 
@@ -462,10 +460,29 @@ def _pow(*args: Any) -> Expr:
     return _build(PRIMITIVES["Pow"], args)
 
 
+def _order(name: str, args: tuple[Any, ...], limit: float = math.inf) -> int:
+    """The second argument, an integer between 0 and `limit`; -1 where there is none."""
+    if len(args) != 2:
+        return -1
+    n = whole(name, args[1])
+    if not 0 <= n <= limit:
+        raise ArgumentError(f"{name} expects {'an order >= 0' if limit > 2 else 'the order 0, 1 or 2'}; got {n}")
+    return n
+
+
 def _polygamma(*args: Any) -> Expr:
-    if len(args) == 2 and whole("PolyGamma", args[1]) in (0, 1):
-        return op("Trigamma" if whole("PolyGamma", args[1]) else "Digamma", args[0])
-    return _build(PRIMITIVES["PolyGamma"], args)
+    n = _order("PolyGamma", args)
+    return op(("Digamma", "Trigamma")[n], args[0]) if n in (0, 1) else _build(PRIMITIVES["PolyGamma"], args)
 
 
-builders["Pow"], builders["PolyGamma"] = _pow, _polygamma
+def _sinc_derivative(*args: Any) -> Expr:
+    n = _order("SincDerivative", args)
+    return op("SinXDivX", args[0]) if n == 0 else _build(PRIMITIVES["SincDerivative"], args)
+
+
+def _matern(*args: Any) -> Expr:
+    _order("Matern", args, 2)
+    return _build(PRIMITIVES["Matern"], args)
+
+
+builders.update(Pow=_pow, PolyGamma=_polygamma, SincDerivative=_sinc_derivative, Matern=_matern)

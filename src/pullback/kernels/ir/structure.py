@@ -1,8 +1,8 @@
 """The table of operations that move or combine components: sums, slices, concatenation, tensor products.
 
 Each row says its dimension, its torch definition on tensors (..., dim), how its components come from those of its
-operands (`lower`, for scalar code), and its derivative: a pullback (cotangent of the result -> cotangents of the operands)
-and a pushforward (tangents -> tangent).
+operands (`lower`, for scalar code), and its derivative: a pullback (cotangent of the result -> cotangents of the
+operands) and a pushforward (tangents -> tangent).
 """
 
 from __future__ import annotations
@@ -104,6 +104,11 @@ def _gather_dim(args: tuple[Expr, ...], params: tuple[Any, ...]) -> int:
     return len(params[0])
 
 
+def _gather(t: Tensor, where: tuple[int, ...]) -> Tensor:
+    start, stop = where[0], where[-1] + 1
+    return t[..., start:stop] if where == tuple(range(start, stop)) else t[..., list(where)]
+
+
 def _scatter_dim(args: tuple[Expr, ...], params: tuple[Any, ...]) -> int:
     _count("Scatter", params, "ln")
     where, dim = params
@@ -124,7 +129,7 @@ _row(
     "Gather",
     1,
     dim=_gather_dim,
-    torch=lambda t, p: t[0][..., list(p[0])],
+    torch=lambda t, p: _gather(t[0], p[0]),
     lower=lambda arithmetic, a, p: [a[0][k] for k in p[0]],
     pullback=lambda node, e: (builders["Scatter"](e, node.params[0], node.args[0].dim),),
     example=((4,), ((2, 0, 2),)),
@@ -133,7 +138,9 @@ _row(
     "Scatter",
     1,
     dim=_scatter_dim,
-    torch=lambda t, p: t[0].new_zeros((*t[0].shape[:-1], p[1])).index_add(-1, torch.tensor(p[0], device=t[0].device), t[0]),
+    torch=lambda t, p: (
+        t[0].new_zeros((*t[0].shape[:-1], p[1])).index_add(-1, torch.tensor(p[0], device=t[0].device), t[0])
+    ),
     lower=_scatter,
     pullback=lambda node, e: (builders["Gather"](e, node.params[0]),),
     example=((3,), ((2, 0, 2), 4)),
@@ -354,7 +361,7 @@ def _dot_pullback(node: Expr, e: Expr) -> list[Expr | None]:
         (g, axes.dims_g, axes.keep_f, axes.keep_g, axes.cont_f, axes.cont_g, at_f, at_g),
         (f, axes.dims_f, axes.keep_g, axes.keep_f, axes.cont_g, axes.cont_f, at_g, at_f),
     ):
-        # what is left: the free axes of e in the order they have there, then the contracted axes of `other` in its order
+        # what is left: the free axes of e in their order there, then the contracted axes of `other` in its order
         left = [k for _, k in sorted(zip(at, keep, strict=True))]
         left += [k for _, k in sorted(zip(cont_other, cont, strict=True))]
         params = (axes.dims, dims, tuple(at_other), tuple(keep_other), tuple(left))

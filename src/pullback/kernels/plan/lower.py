@@ -2,11 +2,12 @@
 
 A `Value` is one number for a pair. Short vectors are unrolled into one Value for each component. Long ones (from
 `ROLL` components on) stay loops over d: a "Loop" value is a sum over d of a body, a `Segment` of the result may be one body
-for all d. Inside a body, "Component" reads component d of an argument.
+for all d. Inside a body, "Component" reads component first + d of an argument.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,8 @@ class Value:
     """One scalar: op(*args; *params). Interned by the Lowering that made it, so equal ones are the same object.
 
     Args:
-        op: an elementwise primitive, or "Const" (value), "Load" (argument, component), "Component" (argument),
-            "Index" (category), "Loop" (size; its one argument is the body to be summed over d).
+        op: an elementwise primitive, or "Const" (value), "Load" (argument, component), "Component" (argument, first
+            component, size of the loop), "Index" (category), "Loop" (size; its one argument is the body to be summed over d).
         role: bit 1 if it depends on i, 2 if on j, 3 for pairs, 0 for parameters and constants.
         depth: it depends on the loop counter d.
     """
@@ -88,7 +89,8 @@ class _Lowering:
     def __init__(self) -> None:
         self.table: dict[Any, Value] = {}
         self.unrolled: dict[Expr, list[Value]] = {}
-        self.bodies: dict[Expr, Value | None] = {}
+        self.bodies: dict[tuple[Expr, int, int], Value | None] = {}
+        self.marks: dict[Expr, set[int]] = {}
 
     # Values --------------------------------------------------------------------------------------------------------
 
@@ -126,10 +128,18 @@ class _Lowering:
     # Expressions ---------------------------------------------------------------------------------------------------
 
     def components(self, e: Expr) -> list[Value]:
-        """One Value for each component."""
-        for node in walk(e):
+        """One Value for each component. Operands of sums that become loops are not unrolled."""
+        stack = [e]
+        while stack:
+            node = stack[-1]
             if node not in self.unrolled:
-                self.unrolled[node] = self._components(node)
+                rolled = self._loops(node)
+                needed = () if rolled else [a for a in node.args if a not in self.unrolled]
+                if needed:
+                    stack.extend(needed)
+                    continue
+                self.unrolled[node] = rolled or self._components(node)
+            stack.pop()
         return self.unrolled[e]
 
     def _components(self, e: Expr) -> list[Value]:
@@ -140,45 +150,101 @@ class _Lowering:
             return [self.const(v) for v in e.params]
         if e.op == "Index":
             return [self.node("Index", (), e.params, ROLE[e.params[0]])]
-        if e.op == "Sum" and e.args[0].dim >= ROLL:
-            body = self.body(e.args[0])
-            if body is not None:
-                return [self.node("Loop", (body,), (e.args[0].dim,))]
         parts = [self.unrolled[a] for a in e.args]
         if e.op in STRUCTURES:
             return STRUCTURES[e.op].lower(self.arithmetic, parts, e.params)
         return [self.arithmetic(e.op, *(p[0] if len(p) == 1 else p[k] for p in parts), *e.params) for k in range(e.dim)]
 
-    def body(self, e: Expr) -> Value | None:
-        """Component d of a long vector as one Value, or None if its components differ in kind."""
-        for node in walk(e):
-            if node not in self.bodies:
-                self.bodies[node] = self._body(node)
-        return self.bodies[e]
+    def _loops(self, e: Expr) -> list[Value] | None:
+        """The sum of a long vector as loops over its uniform pieces; None if it has none, or is no such sum."""
+        if e.op != "Sum" or e.args[0].dim < ROLL:
+            return None
+        (inner,) = e.args
+        terms: list[Value] = []
+        for start, stop in self._pieces(inner):
+            body = self.body(inner, start, stop - start) if stop - start >= ROLL else None
+            if body is not None:
+                terms.append(self.node("Loop", (body,), (stop - start,)))
+            elif stop - start == inner.dim:
+                return None
+            else:
+                terms += self.components(inner)[start:stop]
+        return STRUCTURES["Sum"].lower(self.arithmetic, [terms], ())
 
-    def _body(self, e: Expr) -> Value | None:
+    def _pieces(self, e: Expr) -> list[tuple[int, int]]:
+        """Intervals of components, cut where operands were joined."""
+        marks = sorted(self._marks(e))
+        return list(itertools.pairwise(marks))
+
+    def _marks(self, e: Expr) -> set[int]:
+        found = self.marks.get(e)
+        if found is None:
+            found = {0, e.dim}
+            if e.op == "Concat":
+                stops = itertools.accumulate(a.dim for a in e.args)
+                for a, stop in zip(e.args, stops, strict=True):
+                    found |= {stop - a.dim + k for k in self._marks(a)}
+            elif e.op in ("Gather", "Scatter") and (first := _run(e.params[0])) is not None:
+                shift = -first if e.op == "Gather" else first
+                found |= {k + shift for k in self._marks(e.args[0]) if 0 <= k + shift <= e.dim}
+            elif e.op in PRIMITIVES:
+                found = found.union(*(self._marks(a) for a in e.args if a.dim == e.dim))
+            self.marks[e] = found
+        return found
+
+    def body(self, e: Expr, start: int, size: int) -> Value | None:
+        """Component start + d of a long vector as one Value for d < size, or None if these differ in kind."""
+        key = (e, start, size)
+        if key not in self.bodies:
+            self.bodies[key] = self._body(e, start, size)
+        return self.bodies[key]
+
+    def _body(self, e: Expr, start: int, size: int) -> Value | None:
         if e.dim == 1:
             return self.components(e)[0]
         if e.op == "Var":
-            return self.node("Component", (), (e.params[0],), ROLE[e.params[1]])
+            return self.node("Component", (), (e.params[0], start, size), ROLE[e.params[1]])
         if e.op == "Const":
-            return self.const(e.params[0]) if len(set(e.params)) == 1 else None
+            same = len(set(e.params[start : start + size])) == 1
+            return self.const(e.params[start]) if same else None
         if e.op == "SumT":
             return self.components(e.args[0])[0]
+        if e.op == "Concat":
+            for a in e.args:
+                if start + size <= a.dim:
+                    return self.body(a, start, size)
+                if start < a.dim:
+                    return None
+                start -= a.dim
+        if e.op == "Gather" and (first := _run(e.params[0])) is not None:
+            return self.body(e.args[0], first + start, size)
+        if e.op == "Scatter" and (first := _run(e.params[0])) is not None:
+            if start + size <= first or start >= first + e.args[0].dim:
+                return self.const(0.0)
+            inside = first <= start and start + size <= first + e.args[0].dim
+            return self.body(e.args[0], start - first, size) if inside else None
         if e.op not in PRIMITIVES:
             return None
-        parts = [self.bodies[a] for a in e.args]
+        parts = [self.body(a, start, size) for a in e.args]
         if any(p is None for p in parts):
             return None
         return self.arithmetic(e.op, *parts, *e.params)
 
     def segments(self, e: Expr) -> list[tuple[int, tuple[Value, ...], bool]]:
-        if e.op == "Concat":
-            return [s for a in e.args for s in self.segments(a)]
-        body = self.body(e) if e.dim >= ROLL else None
-        if body is not None:
-            return [(e.dim, (body,), True)]
-        return [(e.dim, tuple(self.components(e)), False)]
+        """(size, Values, rolled) of the pieces of a result."""
+        found: list[tuple[int, tuple[Value, ...], bool]] = []
+        for start, stop in self._pieces(e):
+            body = self.body(e, start, stop - start) if stop - start >= ROLL else None
+            if body is not None:
+                found.append((stop - start, (body,), True))
+            else:
+                found.append((stop - start, tuple(self.components(e)[start:stop]), False))
+        return found
+
+
+def _run(where: tuple[int, ...]) -> int | None:
+    """The first of consecutive numbers; None if they are not consecutive."""
+    return where[0] if where == tuple(range(where[0], where[0] + len(where))) else None
 
 
 def _is(v: Value, x: float) -> bool:
@@ -202,7 +268,10 @@ def _mult(low: _Lowering, a: Value, b: Value) -> Value | None:
         if _is(one, -1):
             return low.arithmetic("Minus", other)
         if other.op == "Mult" and other.args[0].op == "Const":  # constants to the front, where they are folded
-            return low.arithmetic("Mult", low.arithmetic("Mult", other.args[0], one), other.args[1])
+            c, rest = other.args
+            if one.op == "Const":
+                return low.arithmetic("Mult", low.arithmetic("Mult", c, one), rest)
+            return low.arithmetic("Mult", c, low.arithmetic("Mult", one, rest))
     return low.node("Mult", (b, a)) if b.op == "Const" else None
 
 

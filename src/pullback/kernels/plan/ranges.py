@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +36,7 @@ class Ranges:
     ranges_j: Tensor
     slices_j: Tensor
     redranges_i: Tensor
+    tasks: dict[Any, Any] = field(default_factory=dict, repr=False)  # what was made for this pattern lives as long
 
     def triple(self, by_column: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(blocks, ends of their spans, spans) for blocks of rows, or of columns."""
@@ -83,8 +85,30 @@ def _listed(triple: tuple[Tensor, Tensor, Tensor]) -> list[tuple[tuple[int, int]
     return found
 
 
+_recent: OrderedDict[tuple[int, ...], tuple[Any, Any, Ranges]] = OrderedDict()  # patterns of the last calls
+
+
 def as_ranges(value: Any, m: int, n: int) -> Ranges | None:
-    """KeOps' 6-tuple of integer arrays as checked `Ranges`; None and Ranges as they are."""
+    """KeOps' 6-tuple of integer arrays as checked `Ranges`; None and Ranges as they are.
+
+    The same six arrays, unchanged, give the same object: a pattern is checked and prepared once.
+    """
+    if value is None or isinstance(value, Ranges) or not isinstance(value, Sequence):
+        return _as_ranges(value, m, n)
+    key = (m, n, *map(id, value))
+    versions = [getattr(t, "_version", None) for t in value]
+    entry = _recent.get(key)
+    if entry is not None and None not in versions and entry[1] == versions:
+        return entry[2]
+    ranges = _as_ranges(value, m, n)
+    assert ranges is not None
+    _recent[key] = (value, versions, ranges)
+    if len(_recent) > 16:
+        _recent.popitem(last=False)
+    return ranges
+
+
+def _as_ranges(value: Any, m: int, n: int) -> Ranges | None:
     if value is None:
         return None
     if isinstance(value, Ranges):
