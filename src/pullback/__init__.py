@@ -1,6 +1,7 @@
 """pullback: differentiable operators for inverse problems, on PyTorch."""
 
 from pullback import imaging as imaging
+from pullback import kernels as kernels
 from pullback.core import algebra as _algebra  # noqa: F401  fills the table of what operators do with each other
 from pullback.core.check import CheckError as CheckError
 from pullback.core.check import CheckReport as CheckReport
@@ -22,6 +23,19 @@ from pullback.functionals import TV as TV
 from pullback.functionals import Box as Box
 from pullback.functionals import Functional as Functional
 from pullback.functionals import SquaredL2 as SquaredL2
+from pullback.kernels import ComplexLazyTensor as ComplexLazyTensor
+from pullback.kernels import Genred as Genred
+from pullback.kernels import KernelOperator as KernelOperator
+from pullback.kernels import KernelSolve as KernelSolve
+from pullback.kernels import LazyTensor as LazyTensor
+from pullback.kernels import Pm as Pm
+from pullback.kernels import Var as Var
+from pullback.kernels import Vi as Vi
+from pullback.kernels import Vj as Vj
+from pullback.kernels import generic_argkmin as generic_argkmin
+from pullback.kernels import generic_argmin as generic_argmin
+from pullback.kernels import generic_logsumexp as generic_logsumexp
+from pullback.kernels import generic_sum as generic_sum
 from pullback.linops import FFT as FFT
 from pullback.linops import FFT2D as FFT2D
 from pullback.linops import FFTND as FFTND

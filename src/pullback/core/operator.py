@@ -26,6 +26,16 @@ _HALF = (torch.float16, torch.bfloat16)
 algebra: dict[str, Callable[..., Any]] = {}
 
 
+class OperatorLike:
+    """What can be seen as a linear operator without being one, such as a kernel matrix; algebra and solvers accept it."""
+
+    __slots__ = ()
+
+    def operator(self) -> LinearOperator:
+        """The linear operator."""
+        raise NotImplementedError(f"{type(self).__name__} does not define operator()")
+
+
 class Operator(torch.nn.Module):
     """y = F(x), a differentiable map from tensors of shape (..., *dims) to tensors of shape (..., *dimsd).
 
@@ -68,6 +78,8 @@ class Operator(torch.nn.Module):
         return algebra["derivative"](self, x)
 
     def __matmul__(self, other: Any) -> Any:
+        if isinstance(other, OperatorLike):
+            other = other.operator()
         if isinstance(other, Operator):
             return algebra["compose"](self, other)
         return self(other)

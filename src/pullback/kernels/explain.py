@@ -9,6 +9,7 @@ import torch
 from pullback.core.errors import ArgumentError
 from pullback.kernels.ir.expr import CATEGORY
 from pullback.kernels.reduce import Reducer
+from pullback.kernels.runtime import launch
 from pullback.kernels.task import task
 
 
@@ -26,8 +27,6 @@ def explain(f: Any, *, dtype: torch.dtype = torch.float32, m: int = 1000, n: int
 
     Raises: ArgumentError if `f` is not a reduction.
     """
-    from pullback.kernels.runtime import launch
-
     reducer = f if isinstance(f, Reducer) else getattr(f, "reducer", None)
     if not isinstance(reducer, Reducer):
         raise ArgumentError(f"explain expects a Genred, a LazyTensor reduction or a Reducer; got {type(f).__name__}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pullback.kernels.formula as language
 from pullback.core.errors import ArgumentError
-from pullback.kernels import formula as language
 from pullback.kernels.ir.expr import CATEGORY
 from pullback.kernels.ir.reductions import OVER_J
 from pullback.kernels.reduce import KINDS, Reducer
@@ -71,11 +71,11 @@ class Genred:
         rec_multVar_highdim: Any = False,
         use_fast_math: bool = True,
     ) -> None:
-        self._arguments: tuple[Any, ...] = (formula, aliases, reduction_op, axis, None, opt_arg, formula2, None)
-        self._arguments += (dtype_acc, use_double_acc, sum_scheme)
         self.formula, self.formula2, self.aliases = formula, formula2, tuple(aliases)
         self.reduction_op, self.axis = reduction_op, axis
         declared = language.declare(aliases)
+        self._arguments: tuple[Any, ...] = (formula, tuple(aliases), reduction_op, axis, None, opt_arg, formula2, None)
+        self._arguments += (dtype_acc, use_double_acc, sum_scheme)
         names = {name: v for name, v in declared if name}
         kind, weighted = _SPELLINGS.get(reduction_op, (reduction_op, False))
         if kind not in KINDS:
@@ -125,6 +125,11 @@ class Genred:
             out: tensor that receives the result.
         """
         return self._reduce(args, ranges=ranges, backend=backend, out=out)
+
+    @property
+    def reducer(self) -> Reducer:
+        """What runs: the checked inputs and the programs."""
+        return self._reduce
 
     @property
     def expr(self) -> Any:

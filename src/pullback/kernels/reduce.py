@@ -15,6 +15,7 @@ from pullback.core.errors import ArgumentError, DeviceError, DtypeError, ShapeEr
 from pullback.kernels.codegen import eager
 from pullback.kernels.ir.expr import CATEGORY, Expr, I, J, builders, variable, walk
 from pullback.kernels.ir.reductions import OVER_J, Program
+from pullback.kernels.ir.rules import shortened
 from pullback.kernels.plan.ranges import Ranges, as_ranges
 from pullback.kernels.task import BACKENDS, event_rank, sizes, task
 
@@ -263,7 +264,14 @@ class Reducer:
 
     def _program(self, kind: str, *exprs: Expr, signature: Sequence[tuple[int, int]] | None = None) -> Program:
         signature = self.signature if signature is None else tuple(signature)
-        return Program(kind, exprs, (self.axis,), signature, self.k if kind.startswith("Arg") else 1, *self._options)
+        return Program(
+            kind,
+            tuple(map(shortened, exprs)),
+            (self.axis,),
+            signature,
+            self.k if kind.startswith("Arg") else 1,
+            *self._options,
+        )
 
     def _runner(self, program: Program) -> Call:
         plain = task(program)

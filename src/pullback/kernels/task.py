@@ -19,11 +19,7 @@ from pullback.kernels.ir import reductions
 from pullback.kernels.ir.expr import I, J
 from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, REDUCTIONS, Program
 from pullback.kernels.plan.ranges import Ranges
-
-try:
-    from pullback.kernels.runtime import launch
-except ImportError:
-    launch = None
+from pullback.kernels.runtime import launch
 
 BACKENDS = ("auto", "eager", "llvm")
 
@@ -60,7 +56,7 @@ class Task:
 
     def __init__(self, program: Program, ranges: Ranges | None, backend: str) -> None:
         self.program, self.ranges, self.backend = program, ranges, backend
-        self.key = f"kernel:{next(_numbers)}:{program}"
+        self.key = f"kernel:{next(_numbers)}:{str(program)[:200]}"
         self.events = tuple(event_rank(category) for _, category in program.signature)
         self.integer = REDUCTIONS[program.kind].integer
         self.rows = tuple(KEPT[a] for a in program.axes)
@@ -84,7 +80,7 @@ class Task:
             return False
         found = self._compiled.get(dtype)
         if found is None:
-            found = self._compiled[dtype] = launch is not None and launch.supports(self.program, dtype)
+            found = self._compiled[dtype] = launch.supports(self.program, dtype)
         if not found and self.backend == "llvm":
             raise ArgumentError(f"backend='llvm' cannot compile {self.program} for {dtype}; use backend='auto'")
         return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError, DtypeError, NotDifferentiableError, ShapeError
-from pullback.core.operator import LinearOperator
+from pullback.core.operator import LinearOperator, OperatorLike
 from pullback.core.shapes import Dims, as_dims, complex_of, size
 from pullback.linops.matrix import MatrixMult
 
@@ -293,6 +293,7 @@ def _wrap(op: Any, dims: Dims | None, dimsd: Dims | None) -> Any:
         raise ArgumentError(
             "TorchOperator: dims and dimsd belong to a pair of functions; the operator given has its own"
         )
+    op = op.operator() if isinstance(op, OperatorLike) else op
     if isinstance(op, LinearOperator):
         return op
     if isinstance(op, (Tensor, np.ndarray)):
@@ -323,6 +324,7 @@ def _wrap(op: Any, dims: Dims | None, dimsd: Dims | None) -> Any:
 
 def as_operator(op: Any) -> LinearOperator:
     """`op` as a LinearOperator: itself, a matrix as MatrixMult, anything foreign as TorchOperator."""
+    op = op.operator() if isinstance(op, OperatorLike) else op
     if isinstance(op, LinearOperator):
         return op
     if isinstance(op, (Tensor, np.ndarray)) or hasattr(op, "tocsr"):

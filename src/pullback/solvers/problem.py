@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pullback.core import interop
 from pullback.core.errors import ArgumentError, DtypeError, ShapeError
-from pullback.core.operator import LinearOperator
+from pullback.core.operator import LinearOperator, OperatorLike
 from pullback.core.shapes import size
 from pullback.functionals.arithmetic import is_live, lift
 
@@ -35,6 +35,7 @@ class Problem:
     """
 
     def __init__(self, owner: str, A: Any, y: Any, x0: Any = None, others: Iterable[Any] = ()) -> None:
+        A = A.operator() if isinstance(A, OperatorLike) else A
         if not isinstance(A, LinearOperator):
             raise ArgumentError(
                 f"{owner}: A must be a pullback.LinearOperator; got {type(A).__name__}; "

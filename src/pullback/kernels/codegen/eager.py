@@ -1,4 +1,4 @@
-"""The definition: a formula evaluated by torch on tiles of pairs. Slow, runs on every device, and all else is held to it.
+"""The definition: a formula evaluated by torch on tiles of pairs. Slow, but runs everywhere; all else is held to it.
 
 `evaluate` is plain differentiable torch. `run` walks over tiles of rows and columns, so that M*N is never in memory.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pullback.kernels.ir.expr import I, J, Expr, walk
+from pullback.kernels.ir.expr import Expr, I, J, walk
 from pullback.kernels.ir.primitives import PRIMITIVES
 from pullback.kernels.ir.reductions import OVER_BOTH, OVER_I, Program
 from pullback.kernels.ir.structure import STRUCTURES

@@ -1,12 +1,13 @@
 """Expr: one node of a formula over pairs (i, j), interned, so that equal formulas are the same object.
 
-An Expr is a vector of `dim` real numbers for every pair. It holds no data and no dtype. `roles` says what it depends on:
-bit 1 the row i, bit 2 the column j; 0 means parameters and constants only.
+An Expr is a vector of `dim` real numbers for every pair. It holds no data and no dtype. `roles` says what it depends
+on: bit 1 the row i, bit 2 the column j; 0 means parameters and constants only.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,10 +15,12 @@ from weakref import WeakValueDictionary
 from pullback.core.errors import ShapeError
 
 I, J, PARAMETER = 0, 1, 2  # categories of a variable, as in KeOps: Vi, Vj, Pm  # noqa: E741
+_LONGEST = 20_000  # characters of a formula's text
 ROLE = (1, 2, 0)  # category -> bit of Expr.roles
 CATEGORY = ("Vi", "Vj", "Pm")
 
 _interned: WeakValueDictionary[Any, Expr] = WeakValueDictionary()
+_creating = threading.Lock()
 
 # How a node of each operation is made from its arguments; `ir/primitives.py` fills it.
 builders: dict[str, Callable[..., Expr]] = {}
@@ -43,15 +46,18 @@ class Expr:
 
     def __new__(cls, op: str, args: tuple[Expr, ...], params: tuple[Any, ...], dim: int, roles: int = 0) -> Expr:
         """The node; an existing one if there is an equal one."""
-        key = (op, args, params, dim)
+        key = (op, args, params if op != "Const" else str(params), dim)  # -0.0 is not 0.0
         node = _interned.get(key)
-        if node is None:
-            node = object.__new__(cls)
-            node.op, node.args, node.params, node.dim = op, args, params, dim
-            for a in args:
-                roles |= a.roles
-            node.roles = roles
-            _interned[key] = node
+        if node is not None:
+            return node
+        for a in args:
+            roles |= a.roles
+        with _creating:  # two threads must not make two nodes: they are compared by identity
+            node = _interned.get(key)
+            if node is None:
+                node = object.__new__(cls)
+                node.op, node.args, node.params, node.dim, node.roles = op, args, params, dim, roles
+                _interned[key] = node
         return node
 
     def __reduce__(self) -> Any:
@@ -89,12 +95,20 @@ class Expr:
     # Text ----------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        """The formula in functional form; `formula.parse` reads it back."""
-        if self.op == "Var":
-            return f"Var({self.params[0]},{self.dim},{self.params[1]})"
-        if self.op == "Const":
-            return f"Const({','.join(map(_number, self.params))})"
-        return f"{self.op}({','.join([str(a) for a in self.args] + [_number(p) for p in self.params])})"
+        """The formula in functional form; `formula.parse` reads it back unless it is so long that it is cut (...).
+
+        A graph with shared parts can be exponentially longer as text.
+        """
+        done: dict[Expr, str] = {}
+        for node in walk(self):
+            if node.op == "Var":
+                text = f"Var({node.params[0]},{node.dim},{node.params[1]})"
+            elif node.op == "Const":
+                text = f"Const({','.join(map(_number, node.params))})"
+            else:
+                text = f"{node.op}({','.join([done[a] for a in node.args] + [_number(p) for p in node.params])})"
+            done[node] = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+        return done[self]
 
     def __repr__(self) -> str:
         return f"<Expr {self} of dimension {self.dim}>"
@@ -168,7 +182,7 @@ def walk(*roots: Expr) -> Iterator[Expr]:
 
 
 def variables(*roots: Expr) -> dict[int, Expr]:
-    """position -> variable, in order of position."""
+    """Position -> variable, in order of position."""
     found = {n.params[0]: n for n in walk(*roots) if n.op == "Var"}
     return dict(sorted(found.items()))
 

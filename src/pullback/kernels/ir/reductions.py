@@ -1,8 +1,8 @@
 """The second table: one row a reduction that kernels know, with its derivative; and Program, what the engine runs.
 
-A Program reduces one formula (or several that share a pass, for gradients) over the pairs (i, j). Its derivative is again
-a Program, so derivatives of every order run on the same engine. What users call Mean, Var, Min ... is composed of these
-rows in `kernels/reduce.py`.
+A Program reduces one formula (or several that share a pass, for gradients) over the pairs (i, j). Its derivative is
+again a Program, so derivatives of every order run on the same engine. What users call Mean, Var, Min ... is composed of
+these rows in `kernels/reduce.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pullback.kernels.ir import grad
-from pullback.kernels.ir.expr import I, J, PARAMETER, Expr, builders, const, variable, variables, zero
+from pullback.kernels.ir import macros as macros  # derivatives of Max and Min use them
+from pullback.kernels.ir.expr import PARAMETER, Expr, I, J, builders, const, variable, variables, zero
+from pullback.kernels.ir.rules import shortened
 
 OVER_I, OVER_J, OVER_BOTH = 0, 1, 2  # axis: what is summed over; the rest numbers the rows of the result
 KEPT = (J, I, PARAMETER)  # axis -> category of the result
@@ -61,7 +63,7 @@ class Program:
         return len(self.signature)
 
     def __str__(self) -> str:
-        formulas = "; ".join(f"{e} over {'i j ij'.split()[a]}" for e, a in zip(self.exprs, self.axes, strict=False))
+        formulas = "; ".join(f"{e} over {['i', 'j', 'ij'][a]}" for e, a in zip(self.exprs, self.axes, strict=False))
         return f"{self.kind}({formulas}{f'; K={self.k}' if self.k > 1 else ''})"
 
 
@@ -139,8 +141,8 @@ def _merged(pairs: Sequence[tuple[Expr, Expr]]) -> dict[Expr, Expr]:
 def _others(p: Program, out: Expr, extra: Sequence[Expr]) -> Expr:
     """The product of all factors but F_ij, also where one vanishes: extra = (number of zeros, product of the rest).
 
-    Its own derivative is right with at most one zero in a row; with more it is infinite or nan, so that nobody mistakes it
-    for a number.
+    Its own derivative is right with at most one zero in a row; with more it is infinite or nan, so that nobody mistakes
+    it for a number.
     """
     f, (zeros, rest) = p.exprs[0], extra
     is_zero = builders["Equal"](f, 0.0)
@@ -188,8 +190,8 @@ REDUCTIONS: dict[str, Reduction] = {
 def pullback(p: Program, wanted: tuple[int, ...]) -> tuple[Program | None, tuple[tuple[int, ...], ...]]:
     """The program of all gradients in the arguments numbered `wanted`, in one pass over the pairs.
 
-    Its arguments are those of `p`, then the cotangent of each result, then `p`'s result, then the extras. Returns it and,
-    for each of its results, the arguments whose gradients stand side by side in its columns.
+    Its arguments are those of `p`, then the cotangent of each result, then `p`'s result, then the extras. Returns it
+    and, for each of its results, the arguments whose gradients stand side by side in its columns.
     """
     e, out, extra, signature = _appended(p, [(w, KEPT[a]) for w, a in zip(p.widths, p.axes, strict=True)])
     row = REDUCTIONS[p.kind]
@@ -239,4 +241,4 @@ def _appended(p: Program, new: list[tuple[int, int]]) -> tuple[list[Expr], Expr,
 
 
 def _sums(p: Program, exprs: Sequence[Expr], axes: Sequence[int], signature: tuple[Any, ...]) -> Program:
-    return Program("Sum", tuple(exprs), tuple(axes), signature, 1, p.accumulator, p.scheme)
+    return Program("Sum", tuple(map(shortened, exprs)), tuple(axes), signature, 1, p.accumulator, p.scheme)

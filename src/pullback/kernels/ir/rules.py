@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 
-from pullback.kernels.ir.expr import Expr, const, is_const, rebuild
+from pullback.kernels.ir.expr import Expr, const, is_const, rebuild, walk
 from pullback.kernels.ir.primitives import PRIMITIVES, op
 from pullback.kernels.ir.structure import STRUCTURES
 
@@ -255,6 +256,15 @@ def step(node: Expr) -> Expr | None:
     return None
 
 
+LARGEST = 200  # nodes up to which rewriting is worth its 50 us a node
+
+
+def shortened(root: Expr) -> Expr:
+    """`simplify(root)` where that is quick; large graphs as they are (the scalar code is simplified in any case)."""
+    return simplify(root) if sum(1 for _ in walk(root)) <= LARGEST else root
+
+
+@lru_cache(maxsize=1024)
 def simplify(root: Expr) -> Expr:
     """`root` rewritten, operands first, until no rule applies."""
     done: dict[Expr, Expr] = {}

@@ -1,8 +1,8 @@
 """Vector expressions -> scalar values with common subexpressions shared: what the renderers turn into code.
 
 A `Value` is one number for a pair. Short vectors are unrolled into one Value for each component. Long ones (from
-`ROLL` components on) stay loops over d: a "Loop" value is a sum over d of a body, a `Segment` of the result may be one body
-for all d. Inside a body, "Component" reads component first + d of an argument.
+`ROLL` components on) stay loops over d: a "Loop" value is a sum over d of a body, a `Segment` of the result may be
+one body for all d. Inside a body, "Component" reads component first + d of an argument.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Value:
 
     Args:
         op: an elementwise primitive, or "Const" (value), "Load" (argument, component), "Component" (argument, first
-            component, size of the loop), "Index" (category), "Loop" (size; its one argument is the body to be summed over d).
+            component, size of the loop), "Index" (category), "Loop" (size; its one argument is the body to be summed
+            over d).
         role: bit 1 if it depends on i, 2 if on j, 3 for pairs, 0 for parameters and constants.
         depth: it depends on the loop counter d.
     """
@@ -110,7 +111,7 @@ class _Lowering:
         return self.node("Const", (), (float(x),))
 
     def arithmetic(self, op: str, *operands: Any) -> Value:
-        """A scalar operation, simplified where that changes no finite value."""
+        """A scalar operation, simplified; only products are reordered, which may round differently."""
         if op == "Const":
             return self.const(operands[0])
         if not isinstance(operands[-1], Value):
@@ -267,7 +268,13 @@ def _mult(low: _Lowering, a: Value, b: Value) -> Value | None:
             return other
         if _is(one, -1):
             return low.arithmetic("Minus", other)
-        if other.op == "Mult" and other.args[0].op == "Const":  # constants to the front, where they are folded
+        if other.depth and not one.depth:  # what does not change in a loop to the front, where it is computed before it
+            if other.op == "Minus":
+                return low.arithmetic("Mult", low.arithmetic("Minus", one), other.args[0])
+            if other.op == "Mult" and not other.args[0].depth:
+                return low.arithmetic("Mult", low.arithmetic("Mult", one, other.args[0]), other.args[1])
+            return low.node("Mult", (one, other))
+        if other.op == "Mult" and other.args[0].op == "Const" and one.depth == other.depth:  # constants, to be folded
             c, rest = other.args
             if one.op == "Const":
                 return low.arithmetic("Mult", low.arithmetic("Mult", c, one), rest)
@@ -275,12 +282,20 @@ def _mult(low: _Lowering, a: Value, b: Value) -> Value | None:
     return low.node("Mult", (b, a)) if b.op == "Const" else None
 
 
+def _minus(low: _Lowering, a: Value) -> Value | None:
+    if a.op == "Minus":
+        return a.args[0]
+    if a.op == "Mult" and a.depth and not a.args[0].depth:
+        return low.arithmetic("Mult", low.arithmetic("Minus", a.args[0]), a.args[1])
+    return None
+
+
 _IDENTITIES: dict[str, Callable[..., Value | None]] = {
     "Add": _add,
     "Subtract": _subtract,
     "Mult": _mult,
     "Divide": lambda low, a, b: a if _is(b, 1) else low.const(0.0) if _is(a, 0) else None,
-    "Minus": lambda low, a: a.args[0] if a.op == "Minus" else None,
+    "Minus": _minus,
     "Square": lambda low, a: low.arithmetic("Square", a.args[0]) if a.op == "Minus" else None,
     "Where": lambda low, c, a, b: (a if c.params[0] != 0 else b) if c.op == "Const" else a if a is b else None,
 }

@@ -260,7 +260,7 @@ def _loop_tile(registers: int, n_loops: int) -> tuple[int, int]:
     """(u, g) whose u * g sums for each loop fit into the registers with u rows and a broadcast beside them."""
     if registers >= 32:
         return {1: (3, 8), 2: (2, 6), 3: (2, 4)}.get(n_loops, (1, 4))
-    return {1: (3, 4), 2: (2, 2)}.get(n_loops, (1, 2))
+    return {1: (2, 5), 2: (2, 2)}.get(n_loops, (1, 2))
 
 
 def choose_lane(program: Program, m: int, n: int, batch: int, threads: int, sparse: bool, width: int) -> int:
