@@ -7,7 +7,10 @@ from typing import Any
 import torch
 
 from pullback.core.errors import ArgumentError
+from pullback.kernels.genred import Genred
 from pullback.kernels.ir.expr import CATEGORY
+from pullback.kernels.lazy_reductions import LazyReduction
+from pullback.kernels.lazy_tensor import LazyTensor
 from pullback.kernels.reduce import Reducer
 from pullback.kernels.runtime import launch
 from pullback.kernels.task import task
@@ -17,7 +20,8 @@ def explain(f: Any, *, dtype: torch.dtype = torch.float32, m: int = 1000, n: int
     """The steps from the formula to machine code, as text.
 
     Args:
-        f: a `Genred`, a symbolic or reduced `LazyTensor`, or a `Reducer`.
+        f: a `Genred`, a `LazyReduction` (from `call=False` or open arguments), or a `LazyTensor`, whose sum over j is
+            explained.
         dtype: element type that the plan is made for.
         m, n: numbers of rows and columns that the plan is made for.
         text: print it as well.
@@ -27,14 +31,17 @@ def explain(f: Any, *, dtype: torch.dtype = torch.float32, m: int = 1000, n: int
 
     Raises: ArgumentError if `f` is not a reduction.
     """
-    reducer = f if isinstance(f, Reducer) else getattr(f, "reducer", None)
+    if isinstance(f, LazyTensor):
+        f = f.sum(f.nbatchdims + 1, call=False)
+    reducer = f.reducer if isinstance(f, (Genred, LazyReduction)) else f
     if not isinstance(reducer, Reducer):
-        raise ArgumentError(f"explain expects a Genred, a LazyTensor reduction or a Reducer; got {type(f).__name__}")
+        raise ArgumentError(f"explain expects a Genred, a LazyTensor or a LazyReduction; got {type(f).__name__}")
     lines = [f"formula     {reducer.formula}", f"reduction   {reducer.kind} over {'ij'[reducer.axis]}"]
     for p, (name, (dim, category)) in enumerate(zip(reducer.names, reducer.signature, strict=True)):
         lines.append(f"argument {p}  {name} = {CATEGORY[category]}({dim})")
+    lines.append(f"expression  {reducer.expr}")
     for number, program in enumerate(reducer.programs):
-        lines.append(f"program {number}   {program}")
+        lines.append(f"rewritten   program {number}: {program}")
         found = task(program)
         if found.uses_llvm(torch.device("cpu"), dtype):
             lines.append(launch.describe(program, dtype, m, n))

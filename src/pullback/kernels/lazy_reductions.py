@@ -109,6 +109,7 @@ class LazyReduction:
     def __init__(self, lazy: LazyBase, domain: Domain, reduce: Reducer, finish: Callable[[Any], Any]) -> None:
         self._lazy, self._domain, self._reducer, self._finish = lazy, domain, reduce, finish
         self.axis = reduce.axis
+        self.reducer = reduce
         self.reduction_op = reduce.kind
 
     def __call__(self, *args: Any, backend: str = "auto", ranges: Any = None, out: Any = None, **ignored: Any) -> Any:
