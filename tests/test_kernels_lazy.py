@@ -94,6 +94,9 @@ POSITIVE = {
     "log1p": torch.log1p,
     "xlogx": lambda t: t * t.log(),
     "lgamma": torch.lgamma,
+    "matern12": lambda t: torch.exp(-t),
+    "matern32": lambda t: (1 + 3**0.5 * t) * torch.exp(-(3**0.5) * t),
+    "matern52": lambda t: (1 + 5**0.5 * t + 5 / 3 * t**2) * torch.exp(-(5**0.5) * t),
 }
 
 

@@ -363,6 +363,13 @@ def test_strided_and_shared_inputs():
     same(reducer("LogSumExp")((x, x, x[:, :2], p)), dense("LogSumExp", (x, x, x[:, :2], p)))
 
 
+def test_lazy_minus_signs_are_resolved():
+    x, y, b, p = data(6, 7)
+    negated = torch.complex(y, -b.sum(-1, keepdim=True).expand(7, 3)).conj().imag
+    assert negated.is_neg()
+    same(reducer("Sum")((x, negated, b, p)), dense("Sum", (x, negated.clone(), b, p)))
+
+
 def test_parameters_and_views_keep_their_gradients():
     x, y, b, p = data(4, 5)
     weight = torch.nn.Parameter(b.clone())

@@ -68,6 +68,18 @@ class LazyMethods(LazyVectors):
         """ln(1 + x), exact for small x."""
         return self._apply("Log1p")
 
+    def matern12(self) -> Any:
+        """exp(-r), the Matern kernel of order 1/2 at the distance r = self, already divided by the length scale."""
+        return self._apply("Matern12")
+
+    def matern32(self) -> Any:
+        """(1 + z) exp(-z) with z = sqrt(3) r, of order 3/2."""
+        return self._apply("Matern32")
+
+    def matern52(self) -> Any:
+        """(1 + z + z^2 / 3) exp(-z) with z = sqrt(5) r, of order 5/2."""
+        return self._apply("Matern52")
+
     def xlogx(self) -> Any:
         """The function x ln(x), and 0 at 0."""
         return self._apply("XLogX")

@@ -89,6 +89,8 @@ class Task:
         """The numbers."""
         batch, m, n = sizes(self.program.signature, tensors)
         like = tensors[0]
+        if any(t.is_neg() for t in tensors):  # torch's lazy minus sign: numbers in memory are not the values
+            tensors = [t.resolve_neg() for t in tensors]
         if self.uses_llvm(like.device, like.dtype):
             return launch.run(self.program, tensors, batch, m, n, self.ranges)
         return eager.run(self.program, tensors, batch, m, n, self.ranges)

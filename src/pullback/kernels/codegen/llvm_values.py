@@ -49,6 +49,10 @@ class Evaluator:
             yield d
         self.counter = outer
 
+    def known(self, key: Any) -> bool:
+        """Whether an open scope has the operand of that key."""
+        return any(key in scope for scope in self.scopes)
+
     def cached(self, key: Any, make: Callable[[], str]) -> str:
         """The operand of that key, made if no open scope has it."""
         for scope in self.scopes:
@@ -80,38 +84,39 @@ class Evaluator:
             return self.sum(v, at)
         return FUNCTIONS[PRIMITIVES[v.op].llvm or ""](b, *(self.get(a, at) for a in v.args), *v.params)
 
-    def product(self, v: Value, at: At) -> tuple[Value, Value] | None:
-        """The factors of v if it may be contracted: a product of pairs that nothing else reads."""
-        if v.role != 3 or v.op not in ("Mult", "Square") or self.uses.get(id(v), 0) != 1:
-            return None
-        key = self.key(v, at)
-        if any(key in scope for scope in self.scopes):
-            return None
-        return (v.args[0], v.args[-1])
+    def product(self, v: Value, at: At) -> tuple[Value, Value, bool] | None:
+        """The factors of v, and whether it is minus their product, if it may be contracted: nothing else reads it."""
+        inner = v.args[0] if v.op == "Minus" else v
+        for x in (v, inner):
+            if x.role != 3 or self.uses.get(id(x), 0) != 1 or self.known(self.key(x, at)):
+                return None
+        return (inner.args[0], inner.args[-1], v is not inner) if inner.op in ("Mult", "Square") else None
+
+    def fused(self, factors: tuple[Value, Value, bool], at: At, total: str, minus: bool = False) -> str:
+        """The value total + p q, or minus."""
+        p, q = (self.get(x, at) for x in factors[:2])
+        return self.b.fma(self.b.fneg(p) if factors[2] != minus else p, q, total)
 
     def sum(self, v: Value, at: At) -> str:
-        """A + b or a - b."""
+        """The value a + b or a - b."""
         b, (x, y) = self.b, v.args
         minus = v.op == "Subtract"
         if factors := self.product(y, at):
-            p, q = (self.get(f, at) for f in factors)
-            return b.fma(b.fneg(p) if minus else p, q, self.get(x, at))
+            return self.fused(factors, at, self.get(x, at), minus)
         if factors := self.product(x, at):
-            p, q = (self.get(f, at) for f in factors)
             z = self.get(y, at)
-            return b.fma(p, q, b.fneg(z) if minus else z)
+            return self.fused(factors, at, b.fneg(z) if minus else z)
         return (b.fsub if minus else b.fadd)(self.get(x, at), self.get(y, at))
 
     def accumulate(self, total: str, v: Value, at: At, factor: str | None = None) -> str:
-        """Total + factor * v."""
+        """The value total + factor * v."""
         b = self.b
         if factor is not None:
             if v.op == "Const" and v.params[0] == 1:
                 return b.fadd(total, factor)
             return b.fma(factor, self.get(v, at), total)
         if factors := self.product(v, at):
-            p, q = (self.get(f, at) for f in factors)
-            return b.fma(p, q, total)
+            return self.fused(factors, at, total)
         return b.fadd(total, self.get(v, at))
 
     def prepare(self, body: Value, at: At) -> None:

@@ -274,11 +274,8 @@ def _mult(low: _Lowering, a: Value, b: Value) -> Value | None:
             if other.op == "Mult" and not other.args[0].depth:
                 return low.arithmetic("Mult", low.arithmetic("Mult", one, other.args[0]), other.args[1])
             return low.node("Mult", (one, other))
-        if other.op == "Mult" and other.args[0].op == "Const" and one.depth == other.depth:  # constants, to be folded
-            c, rest = other.args
-            if one.op == "Const":
-                return low.arithmetic("Mult", low.arithmetic("Mult", c, one), rest)
-            return low.arithmetic("Mult", c, low.arithmetic("Mult", one, rest))
+        if one.op == "Const" and other.op == "Mult" and other.args[0].op == "Const":
+            return low.arithmetic("Mult", low.arithmetic("Mult", one, other.args[0]), other.args[1])
     return low.node("Mult", (b, a)) if b.op == "Const" else None
 
 

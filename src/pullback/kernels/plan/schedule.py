@@ -245,13 +245,13 @@ def make_plan(program: Program, elem: str, target: Target, lane: int) -> Plan:
             g = 8 if len(layout.pairs) < 60 else 4
     cross = sum(w for w, axis in zip(program.widths, program.axes, strict=True) if KEPT[axis] != lane)
     tile = 256
-    while tile > 32 and (tile * b.rows * size > 1 << 18 or tile * cross * target.width > 1 << 17):
+    while tile > 32 and (tile * b.rows * size > 1 << 18 or tile * cross * target.width > 1 << 18):
         tile //= 2
     tile = max(tile // g * g, g)
     block = u * lanes
     chunk = 2048
     row = a.rows * size + 8 * sum(program.widths) + (12 * rolled if rolled else 0)
-    while chunk > 4 * block and chunk * row > 1 << 18:
+    while chunk > 4 * block and chunk * row > 1 << 19:
         chunk //= 2
     return Plan(program, elem, target, lane, u, g, tile, -(-chunk // block) * block)
 
