@@ -94,9 +94,6 @@ POSITIVE = {
     "log1p": torch.log1p,
     "xlogx": lambda t: t * t.log(),
     "lgamma": torch.lgamma,
-    "matern12": lambda t: torch.exp(-t),
-    "matern32": lambda t: (1 + 3**0.5 * t) * torch.exp(-(3**0.5) * t),
-    "matern52": lambda t: (1 + 5**0.5 * t + 5 / 3 * t**2) * torch.exp(-(5**0.5) * t),
 }
 
 
@@ -132,6 +129,15 @@ CASES = {
     "power method": (lambda: X.power(2) + U.pow(V), lambda: xd**2 + ud**vd),
     "negate": (lambda: -X + +Y, lambda: yd - xd),
     "abs": (lambda: abs(X), lambda: xd.abs()),
+    "matern12": (lambda: (U | V).matern12(), lambda: torch.exp(-dot(ud, vd))),
+    "matern32": (
+        lambda: (U | V).matern32(),
+        lambda: (1 + 3**0.5 * dot(ud, vd)) * torch.exp(-(3**0.5) * dot(ud, vd)),
+    ),
+    "matern52": (
+        lambda: (U | V).matern52(),
+        lambda: (1 + 5**0.5 * dot(ud, vd) + 5 / 3 * dot(ud, vd) ** 2) * torch.exp(-(5**0.5) * dot(ud, vd)),
+    ),
     "scalar product": (lambda: X | Y, lambda: dot(xd, yd)),
     "python sum": (lambda: sum([X, Y]), lambda: xd + yd),
     "mod": (lambda: X.mod(2, 1), lambda: xd - 2 * torch.floor((xd - 1) / 2)),

@@ -261,6 +261,15 @@ def test_expanded_rows():
     close(p, run(p, args, (), 40, 50), definition(p, args, (), 40, 50), torch.float64)
 
 
+def test_negative_views():
+    """The imaginary part of a conjugate is a view of memory that holds the opposite sign."""
+    p = PROGRAMS["sum"]
+    x, y, b = data(p, (), 20, 30, torch.float64)
+    z = torch.complex(b, b).conj().imag
+    assert z.is_neg()
+    close(p, run(p, [x, y, z], (), 20, 30), definition(p, [x, y, -b], (), 20, 30), torch.float64)
+
+
 def ranges_of(m, n, seed=0):
     """Rows in blocks, some left out, with random spans of columns; and the mask of pairs for each axis."""
     g = torch.Generator().manual_seed(seed)

@@ -27,7 +27,7 @@ algebra: dict[str, Callable[..., Any]] = {}
 
 
 class OperatorLike:
-    """What can be seen as a linear operator without being one, such as a kernel matrix; algebra and solvers accept it."""
+    """What can be seen as a linear operator without being one, as a kernel matrix; algebra and solvers accept it."""
 
     __slots__ = ()
 

@@ -51,4 +51,3 @@ def explain(f: Any, *, dtype: torch.dtype = torch.float32, m: int = 1000, n: int
     if text:
         print(report)
     return report
-

@@ -92,6 +92,7 @@ def cg(
     """
     problem = Problem("cg", A, y, x0, (damp,))
     if problem.A.dims != problem.A.dimsd:
-        raise ShapeError(f"cg: A must be square; got dims {problem.A.dims} and dimsd {problem.A.dimsd}; use cgls or lsqr")
+        A = problem.A
+        raise ShapeError(f"cg: A must be square; got dims {A.dims} and dimsd {A.dimsd}; use cgls or lsqr")
     algorithm = CG(problem, problem.number(damp, "damp"))
     return iterate(algorithm, maxiter=maxiter, rtol=rtol, atol=atol, callback=callback, progress=progress, throw=throw)

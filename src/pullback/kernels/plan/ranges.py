@@ -36,7 +36,8 @@ class Ranges:
     ranges_j: Tensor
     slices_j: Tensor
     redranges_i: Tensor
-    tasks: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)  # what was made for this pattern lives as long
+    # what was made for this pattern lives as long as it
+    tasks: dict[Any, Any] = field(default_factory=dict, repr=False, init=False)
 
     def triple(self, by_column: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(blocks, ends of their spans, spans) for blocks of rows, or of columns."""

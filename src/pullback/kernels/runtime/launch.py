@@ -199,6 +199,8 @@ def run(
     if dtype in (torch.float16, torch.bfloat16):
         out = run(program, [t.float() for t in args], batch, m, n, ranges)
         return out if out.dtype == torch.int64 else out.to(dtype)
+    if any(t.is_neg() for t in args):  # imaginary parts of conjugates: memory holds the opposite sign
+        args = [t.resolve_neg() for t in args]
     threads = torch.get_num_threads()
     key = (program, dtype, batch, m, n, threads, *[(t.shape, t.stride()) for t in args], *compile.override)
     calls = _calls if ranges is None else ranges.tasks  # what is made for a pattern lives as long
