@@ -174,6 +174,9 @@ PROGRAMS |= {
     "long_scatter": long(builders["Scatter"](op("Exp", -X30 * Y30), tuple(range(7, 37)), 50)),
     "long_gather": long(builders["Gather"](X30 * Y30, tuple(range(29, 5, -2)))),
     "long_maximum": long(builders["Max"](X30 - Y30)),
+    "prod_wide": Program("Prod", (1 + 0.01 * (x_(14) - y_(14)),), (OVER_J,), ((14, I), (14, J))),
+    "argmin_wide": Program("ArgKMin", (op("Square", x_(14) - y_(14)),), (OVER_I,), ((14, I), (14, J))),
+    "argkmax_wide": Program("ArgKMax", (x_(6) - y_(6) * x_(6),), (OVER_J,), ((6, I), (6, J)), k=3),
     "matrix_vector": Program(
         "Sum",
         (builders["TensorDot"](variable(0, 12, I), y_(4), (3, 4), (4,), (1,), (0,), ()),),

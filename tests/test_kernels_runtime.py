@@ -249,3 +249,17 @@ def test_scratch_is_aligned():
     address = pool.scratch(1000)
     assert address % 64 == 0
     assert pool.scratch(500) == address
+
+
+def test_old_kernels_are_dropped(monkeypatch):
+    """Formulas with ever new constants do not fill the memory with code; prepared calls keep theirs."""
+    forget()
+    monkeypatch.setattr(compile, "KEPT_KERNELS", 2)
+    args = inputs(20, 30)
+    x, y, b = (a.double() for a in args)
+    for _ in range(2):
+        for c in (0.5, 0.75, 1.5, 2.5):
+            want = torch.exp(-c * (x[:, None] - y).square().sum(-1)) @ b
+            torch.testing.assert_close(run(fresh(c), args, (), 20, 30).double(), want, rtol=1e-6, atol=0)
+    assert len(compile._kernels) == 2
+    forget()

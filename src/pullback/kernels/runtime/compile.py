@@ -26,6 +26,7 @@ from pullback.kernels.codegen.llvm import Module, generate
 from pullback.kernels.plan.schedule import Plan, Target
 
 _MAGIC = b"pullback-object-1\n"
+KEPT_KERNELS = 2048  # compiled plans kept in memory
 _lock = threading.RLock()
 _kernels: dict[Plan, Kernel] = {}
 override: list[Target] = []  # targets asked for by `use_target`
@@ -46,11 +47,13 @@ class Kernel:
         worker: (arguments, scratch) -> None, releases the GIL.
         merge: (arguments) -> None, or None.
         module: text and memory needs.
+        tracker: keeps the code loaded.
     """
 
     worker: Any
     merge: Any
     module: Module
+    tracker: Any
 
 
 def _reset() -> None:
@@ -133,6 +136,8 @@ def kernel(plan: Plan) -> Kernel:
         with _lock:
             found = _kernels.get(plan)
             if found is None:
+                if len(_kernels) >= KEPT_KERNELS:  # the oldest; calls that are prepared keep theirs
+                    _kernels.pop(next(iter(_kernels)))
                 found = _kernels[plan] = _build(plan)
     return found
 
@@ -145,19 +150,16 @@ def _build(plan: Plan) -> Kernel:
     if code is None:
         code = _machine(plan.target).emit_object(optimised(module.text, plan.target))
         _write(name, code)
-    # every library needs its own name; the tracker must outlive the functions
     library = f"pullback-{next(_numbers)}"
     builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process().export_symbol("worker")
     if module.merges:
         builder.export_symbol("merge")
     tracker = builder.link(_jit(), library)
-    _trackers.append(tracker)
     worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(tracker["worker"])
     merge = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(tracker["merge"]) if module.merges else None
-    return Kernel(worker, merge, module)
+    return Kernel(worker, merge, module, tracker)
 
 
-_trackers: list[Any] = []
 _numbers = itertools.count()
 
 

@@ -28,7 +28,10 @@ from pullback.kernels.runtime.explain import explain
 
 ELEMENTS = {torch.float32: "float", torch.float64: "double", torch.float16: "float", torch.bfloat16: "float"}
 SERIAL = 60e-6  # seconds of work below which waking a thread costs more than it brings
-PARTS = 48 << 20  # bytes of parts above which results that share a pass are computed one by one
+PARTS = (
+    48 << 20
+)  # bytes of parts from which results that share a pass are computed one by one if the results are smaller
+WIDE = 32  # components of a formula whose products or indices are wanted; the state of each has code of its own
 DEEP = 250  # operations in a chain beyond which the recursive evaluation would come near Python's limit
 
 _calls: dict[Any, Any] = {}
@@ -54,8 +57,8 @@ def why_not(program: Program, dtype: torch.dtype) -> str:
     if program.kind != "Sum":
         if OVER_BOTH in program.axes:
             return f"{program.kind} over both axes"
-        if any(s.rolled for s in layout.lowered.segments[0]):
-            return f"{program.kind} of a formula of {program.exprs[0].dim} components"
+        if program.exprs[0].dim > WIDE:
+            return f"{program.kind} of a formula of more than {WIDE} components"
     return ""
 
 
@@ -110,7 +113,9 @@ class _Call:
             offsets.append(step)
             step += n_cells * 8 * (size_b if plan.place(axis) == CROSS else 1)
         self.partial = step * self.tasks
-        if self.partial > PARTS and len(program.axes) > 1:  # one pass for each result, with its rows along the lanes
+        size = 8 if elem == "double" else 4
+        if len(program.axes) > 1 and self.partial > max(PARTS, 3 * size * n_batch * self.out_step):
+            # one pass for each result, with its rows along the lanes
             self.single = [
                 _Call(_only(program, k), args, batch, m, n, ranges, threads) for k in range(len(program.axes))
             ]
@@ -127,7 +132,6 @@ class _Call:
         for t, (_, category) in zip(args, program.signature, strict=True):
             values += self._argument(t, category, batch)
         self.words = (ctypes.c_int64 * len(values))(*values)
-        self.size = ctypes.sizeof(self.words)
 
     def _argument(self, t: Tensor, category: int, batch: tuple[int, ...]) -> list[int]:
         """The description of an argument; its address is filled in at every call."""
@@ -177,7 +181,7 @@ class _Call:
             partial = torch.empty(self.partial, dtype=torch.uint8)
             values[words.PARTIAL] = partial.data_ptr()
         address = ctypes.addressof(values)
-        pool.run(self.threads, self.worker, address, self.scratch)
+        pool.run(min(self.threads, self.tasks), self.worker, address, self.scratch)
         if self.merge is not None:
             self.merge(address)
         return out
@@ -206,7 +210,7 @@ def run(
     calls = _calls if ranges is None else ranges.tasks  # what is made for a pattern lives as long
     call = calls.get(key)
     if call is None:
-        if len(calls) > 4096:
+        if ranges is None and len(calls) > 4096:
             calls.clear()
         call = calls[key] = _Call(program, args, batch, m, n, ranges, threads)
     return call(args)
