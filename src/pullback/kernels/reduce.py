@@ -324,8 +324,11 @@ class Reducer:
             average = total(args, ranges, backend) / count
             if self.kind == "Mean":
                 return average
+            squares = spread([*args, average], ranges, backend)
             rest = count - self.correction
-            return spread([*args, average], ranges, backend) / (max(rest, 0) if ranges is None else rest.clamp(min=0))
+            if ranges is None:
+                return squares / (rest if rest > 0 else math.nan)  # as torch: too few for a variance
+            return squares / torch.where(rest > 0, rest, math.nan)
 
         return run
 

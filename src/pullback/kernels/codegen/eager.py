@@ -156,7 +156,9 @@ def _finish(p: Program, state: State, width: int) -> Tensor:
         return torch.where(m.isinf(), 0.0, m) + torch.log(s)
     if p.kind == "SoftMax":
         m, s = state
-        return torch.cat([torch.where(m.isinf(), 0.0, m) + torch.log(s[..., :1]), s[..., 1:] / s[..., :1]], -1)
+        total, sums = s[..., :1], s[..., 1:]
+        mean = torch.where(total == 0, 0.0, sums / total)  # of nothing: 0
+        return torch.cat([torch.where(m.isinf(), 0.0, m) + torch.log(total), mean], -1)
     if p.kind.startswith("Arg"):
         indices = state[1]
         missing = p.k - indices.shape[-2]

@@ -101,6 +101,7 @@ def derive(code: Code, rows: Rows, role: int) -> None:
 
     for v, first, size in rows.layout.sides[role].derived:
         if size:
+            rows.prepare(v, ())
             with rows.each(size):
                 save(v, first)
         else:

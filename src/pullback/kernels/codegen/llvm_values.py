@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from typing_extensions import override
+
 from pullback.kernels.codegen.builder import Builder
 from pullback.kernels.codegen.llvm_code import Code
 from pullback.kernels.codegen.vecmath import FUNCTIONS
@@ -121,8 +123,28 @@ class Evaluator:
 
     def prepare(self, body: Value, at: At) -> None:
         """Compute what a loop's body reads from outside before the loop."""
-        for v in outer_operands(body):
+        for v in self.outer_operands(body):
             self.get(v, at)
+
+    def is_packed(self, v: Value) -> bool:
+        """Whether v is loaded, so that nothing under it is needed."""
+        return False
+
+    def outer_operands(self, body: Value) -> list[Value]:
+        """The values that a loop's body reads and that do not change in the loop."""
+        found: dict[int, Value] = {}
+        seen: set[int] = set()
+        stack = [body]
+        while stack:
+            v = stack.pop()
+            if id(v) in seen:
+                continue
+            seen.add(id(v))
+            if not v.depth:
+                found[id(v)] = v
+            elif not self.is_packed(v):
+                stack.extend(a for a in v.args if a.op != "Const")
+        return list(found.values())
 
     def loops(self, loops: list[Value], ats: list[At]) -> None:
         """Sums over d of loops of one size, for several places, in one run over d."""
@@ -138,23 +160,6 @@ class Evaluator:
                 code.store(b.type, self.accumulate(code.load(b.type, slot), loops[n].args[0], at), slot)
         for (n, at), slot in sums.items():
             self.scopes[-1][self.key(loops[n], at)] = code.load(b.type, slot)
-
-
-def outer_operands(body: Value) -> list[Value]:
-    """The values that a loop's body reads and that do not change in the loop."""
-    found: dict[int, Value] = {}
-    seen: set[int] = set()
-    stack = [body]
-    while stack:
-        v = stack.pop()
-        if id(v) in seen:
-            continue
-        seen.add(id(v))
-        if v.depth:
-            stack.extend(v.args)
-        elif v.op != "Const":
-            found[id(v)] = v
-    return list(found.values())
 
 
 class Pairs(Evaluator):
@@ -179,6 +184,10 @@ class Pairs(Evaluator):
         if v.role == 3:
             return id(v), at
         return id(v), (at[0] if v.role == self.lane else at[1] if v.role else 0)
+
+    @override
+    def is_packed(self, v: Value) -> bool:
+        return v.role != 3
 
     def packed(self, v: Value, at: At) -> str | None:
         """Load a packed value: consecutive rows a, or one row b in every lane."""
@@ -217,14 +226,17 @@ class Rows(Evaluator):
         self.layout, self.role, self.pitch, self.row, self.p = layout, role, pitch, row, p
         self.ready: set[int] = set()
 
+    @override
+    def is_packed(self, v: Value) -> bool:
+        copied = v.op in ("Load", "Component", "Index") or v.role != self.role or id(v) in self.ready
+        return copied and id(v) in self.layout.sides[v.role].row
+
     def packed(self, v: Value, at: At) -> str | None:
         """Load what is there already."""
-        code, b = self.code, self.b
-        where = self.layout.sides[v.role].row.get(id(v))
-        if where is None or (
-            v.op not in ("Load", "Component", "Index") and v.role == self.role and id(v) not in self.ready
-        ):
+        if not self.is_packed(v):
             return None
+        code, b = self.code, self.b
+        where = self.layout.sides[v.role].row[id(v)]
         if v.role == 0:
             base = code.at(self.p, self.counter, b.elem) if v.depth else self.p
             return b.splat(code.load(b.elem, code.at(base, where, b.elem)))
