@@ -183,6 +183,9 @@ class _Task:
         ats: list[At] = [(u, k) for k in range(g) for u in u_range]
         for loops in f.layout.loops:
             pairs.loops(loops, ats)
+        for v in f.layout.nested:
+            for at in ats:
+                pairs.get(v, at)
         for place in f.places:
             if place.where == DIRECT:
                 for u in u_range:

@@ -15,6 +15,9 @@ from pullback.kernels.ir.expr import I, J
 from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, Program
 from pullback.kernels.plan.lower import Lowered, Value, lower
 
+# Operations of one or two instructions
+_CHEAP = frozenset(("Add", "Subtract", "Mult", "Minus", "Square", "Abs", "Maximum", "Minimum", "Where", "ReLU", "Step"))
+_CHEAP |= {"Equal", "NotEqual", "LessThan", "LessOrEqual"}
 DIRECT, CROSS, BOTH = "direct", "cross", "both"  # where the rows of a result lie
 
 
@@ -110,6 +113,7 @@ class Layout:
         self.frontier = [v for v in self._all if id(v) in frontier]
         self._pack()
         self.loops = self._levels()
+        self.nested = self._nested()
 
     def size(self, v: Value) -> int:
         """The length of the loop that a value with a loop counter belongs to."""
@@ -160,6 +164,22 @@ class Layout:
                 n = self.size(v) if v.depth else 0
                 side.row[id(v)] = side.take(max(n, 1))
                 side.derived.append((v, side.row[id(v)], n))
+
+    def _nested(self) -> list[Value]:
+        """Functions of functions, such as exp(exp(x) - m), and what they are functions of, operands first.
+
+        Computed step by step for all pairs of a group: one pair after the other, the long chain of operations would
+        keep the processor waiting (measured 1.5 times slower).
+        """
+        level: dict[int, int] = {}
+        found: list[Value] = []
+        for v in self.pairs:
+            here = max((level.get(id(a), 0) for a in v.args), default=0)
+            if v.op not in _CHEAP and not v.depth and v.op != "Loop":
+                here += 1
+                found.append(v)
+            level[id(v)] = here
+        return found if max(level.values(), default=0) > 1 and len(found) <= 4 else []
 
     def _levels(self) -> list[list[Value]]:
         level: dict[int, int] = {}

@@ -8,6 +8,7 @@ pool.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -55,8 +56,8 @@ _grow = threading.Lock()
 
 def _reset() -> None:
     """A forked child has no threads but its own, and may have inherited a lock that is held."""
-    global _state, _grow
-    _state, _grow = (SimpleQueue(), []), threading.Lock()
+    global _state, _grow, _placed
+    _state, _grow, _placed = (SimpleQueue(), []), threading.Lock(), ()
 
 
 if hasattr(os, "register_at_fork"):
@@ -77,6 +78,39 @@ def _serve(queue: SimpleQueue[_Job]) -> None:
         queue.get().join()
 
 
+_placed: tuple[Any, ...] = ()
+
+
+def _keep_apart(threads: list[threading.Thread]) -> None:
+    """Keep the pool off the caller's core.
+
+    Linux likes to wake a thread on the core of its waker and leaves it waiting there for milliseconds, behind a caller
+    that computes, while other cores idle: measured 4.4 ms instead of 2.2.
+    """
+    global _placed
+    if _current_core is None:
+        return
+    core, allowed = _current_core(), os.sched_getaffinity(0)
+    where = (core, allowed, len(threads))
+    if where == _placed or core not in allowed or len(allowed) <= len(threads):
+        return
+    _placed = where
+    for thread in list(threads):
+        if thread.native_id is not None:
+            with contextlib.suppress(OSError):  # forbidden here: then the scheduler decides
+                os.sched_setaffinity(thread.native_id, allowed - {core})
+
+
+def _find_current_core() -> Any:
+    """The C library's sched_getcpu; None where there is none."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
+
+
+_current_core = _find_current_core()
+
+
 def run(n: int, worker: Any, arguments: int, size: int) -> None:
     """Call worker(arguments, scratch of `size` bytes) in up to n threads; returns when all tasks are done."""
     if n <= 1:
@@ -89,6 +123,7 @@ def run(n: int, worker: Any, arguments: int, size: int) -> None:
                 thread = threading.Thread(target=_serve, args=(queue,), daemon=True, name="pullback")
                 thread.start()
                 threads.append(thread)
+    _keep_apart(threads)
     job = _Job(worker, arguments, size)
     for _ in range(n - 1):
         queue.put(job)
