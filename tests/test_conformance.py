@@ -15,7 +15,11 @@ def test_every_public_class_has_examples(cls):
     assert len(list(cls.examples())) > 0, f"{cls.__name__}.examples() yields nothing, so the kit never runs on it"
 
 
-@pytest.mark.parametrize(("cls", "i"), CASES, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+COSTLY = ("XRayTransform", "KernelOperator")  # seconds each: the quick run checks their first example only
+PARAMETERS = [pytest.param(c, i, marks=pytest.mark.slow) if i and c.__name__ in COSTLY else (c, i) for c, i in CASES]
+
+
+@pytest.mark.parametrize(("cls", "i"), PARAMETERS, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
 def test_kit_passes(cls, i):
     pb.check(list(cls.examples())[i]).raise_if_failed()
 

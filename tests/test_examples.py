@@ -17,6 +17,7 @@ def run(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
 def test_example(path, tmp_path):
     source = path.read_text()
@@ -24,6 +25,7 @@ def test_example(path, tmp_path):
     run(f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')", tmp_path)
 
 
+@pytest.mark.slow
 def test_readme(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks, "the README shows no Python code"

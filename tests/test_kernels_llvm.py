@@ -14,6 +14,7 @@ from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, OVER_I, OVER_J, Prog
 from pullback.kernels.ir.structure import STRUCTURES
 from pullback.kernels.plan.ranges import Ranges
 from pullback.kernels.plan.schedule import layout_of
+from pullback.kernels.reduce import Reducer
 from pullback.kernels.runtime import compile
 from pullback.kernels.runtime.launch import describe, run, supports
 
@@ -373,6 +374,16 @@ def test_index_is_exact():
     p = Program("ArgKMin", (variable(0, 1, J) + variable(1, 1, I),), (OVER_J,), ((1, J), (1, I)))
     assert run(p, [y, torch.zeros(1, 1)], (), 1, n).item() == n - 3
     assert run(p, [y, torch.zeros(20, 1)], (), 20, n)[:, 0].tolist() == [n - 3] * 20
+
+
+def test_softmax_weights_of_large_exponents_agree_with_the_forward_pass():
+    """The weight exp(f - log sum exp f) of a single term is 1, however large f is."""
+    f = variable(0, 1, I) * variable(1, 1, J)
+    reducer = Reducer("LogSumExp", f, ((1, I), (1, J)), 1)
+    x, y = (torch.full((40, 1), v, requires_grad=True) for v in (31.4159, 32.7182))
+    total = reducer((x, y[:1]))
+    (slope,) = torch.autograd.grad(total.sum(), x)
+    torch.testing.assert_close(slope, torch.full_like(x, 32.7182), rtol=2e-7, atol=0)
 
 
 def test_accuracy():

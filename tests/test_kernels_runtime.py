@@ -49,6 +49,7 @@ def forget():
     compile._kernels.clear()
 
 
+@pytest.mark.slow
 def test_threads_at_once():
     """Several Python threads with different data and sizes, on one pool: no call sees another's state."""
     bad, before = [], torch.get_num_threads()
@@ -159,6 +160,7 @@ def python(folder, **more):
     return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_processes_race(tmp_path):
     """Fresh processes that compile the same formula into an empty cache; `import pullback` loads no compiler."""
     children = [python(tmp_path / "cache") for _ in range(3)]

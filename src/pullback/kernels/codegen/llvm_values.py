@@ -33,6 +33,7 @@ class Evaluator:
     def __init__(self, code: Code, b: Builder, leaf: Callable[[Value, At], str | None], uses: dict[int, int]) -> None:
         self.code, self.b, self.leaf, self.uses = code, b, leaf, uses
         self.scopes: list[dict[Any, str]] = [{}]
+        self.rounded: set[int] = set()  # differences that are not contracted
         self.counter: str = "0"  # the loop counter d
 
     @contextmanager
@@ -103,6 +104,8 @@ class Evaluator:
         """The value a + b or a - b."""
         b, (x, y) = self.b, v.args
         minus = v.op == "Subtract"
+        if id(v) in self.rounded:
+            return b.fsub(self.get(x, at), self.get(y, at))
         if factors := self.product(y, at):
             return self.fused(factors, at, self.get(x, at), minus)
         if factors := self.product(x, at):
@@ -174,6 +177,7 @@ class Pairs(Evaluator):
 
     def __init__(self, code: Code, layout: Layout, lane: int, pitch: tuple[int, int], a: str, p: str) -> None:
         super().__init__(code, code.b, self.packed, layout.uses)
+        self.rounded = layout.rounded
         self.layout, self.lane, self.pitch = layout, lane, pitch
         self.a, self.p, self.group = a, p, ""
         self.local_b, self.row_a, self.row_b = "0", "0", "0"  # numbers of the first rows at hand

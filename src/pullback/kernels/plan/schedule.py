@@ -114,6 +114,13 @@ class Layout:
         self._pack()
         self.loops = self._levels()
         self.nested = self._nested()
+        # exp(f - c) must see f rounded as the reduction that made c = log sum exp f saw it: with |f| = 1000 the rounding
+        # of f alone is 6e-5 in float32, and cancels only if it is the same
+        self.rounded = {
+            id(v.args[0])
+            for v in self.pairs
+            if v.op == "Exp" and v.args[0].op == "Subtract" and v.args[0].args[1].role != 3
+        }
 
     def size(self, v: Value) -> int:
         """The length of the loop that a value with a loop counter belongs to."""
