@@ -114,8 +114,8 @@ class Layout:
         self._pack()
         self.loops = self._levels()
         self.nested = self._nested()
-        # exp(f - c) must see f rounded as the reduction that made c = log sum exp f saw it: with |f| = 1000 the rounding
-        # of f alone is 6e-5 in float32, and cancels only if it is the same
+        # exp(f - c) must see f rounded as the reduction that made c = log sum exp f saw it: with |f| = 1000 the
+        # rounding of f alone is 6e-5 in float32, and cancels only if it is the same
         self.rounded = {
             id(v.args[0])
             for v in self.pairs
