@@ -231,6 +231,15 @@ def test_no_home(monkeypatch):
     forget()
 
 
+def test_the_oldest_entries_are_removed(cache, monkeypatch):
+    monkeypatch.setattr(compile, "ENTRIES", 3)
+    for k, name in enumerate(["aa", "bb", "cc", "dd"]):
+        compile._write(name, b"code")
+        os.utime(cache / f"{name}.o", (k, k))
+    compile._write("00", b"code")
+    assert sorted(p.name for p in cache.iterdir()) == ["00.o", "cc.o", "dd.o"]
+
+
 def test_key_holds_the_target(cache):
     """Code for different CPUs does not share an entry."""
     assert right(20, 30)

@@ -188,6 +188,9 @@ def assembly(plan: Plan) -> str:
 # Disk --------------------------------------------------------------------------------------------------------------
 
 
+ENTRIES = 4096  # of the cache on disk, 10 to 50 KB each
+
+
 def cache_folder() -> Path:
     """PULLBACK_CACHE, or a folder of the user's cache."""
     if folder := os.environ.get("PULLBACK_CACHE"):
@@ -230,3 +233,12 @@ def _write(name: str, code: bytes) -> None:
             Path(temporary).replace(folder / f"{name}.o")
         except OSError:
             Path(temporary).unlink(missing_ok=True)
+        if name.startswith("00"):  # names are hashes: one write in 256
+            _prune(folder)
+
+
+def _prune(folder: Path) -> None:
+    """Remove the oldest entries beyond ENTRIES."""
+    entries = [(p.stat().st_mtime, p) for p in folder.glob("*.o")]
+    for _, path in sorted(entries)[:-ENTRIES]:
+        path.unlink(missing_ok=True)
