@@ -7,7 +7,7 @@ why both are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -22,7 +22,7 @@ from pullback.core.errors import NotDifferentiableError
 class Map(Protocol):
     """What the bridge asks of a map."""
 
-    key: str  # names it in traced graphs; `resolve` of its family finds it again
+    key: str  # names it in the graphs of this process
 
     def event(self) -> tuple[int, ...]:
         """How many trailing axes of each tensor are not batch."""
@@ -43,7 +43,6 @@ class Map(Protocol):
 
 
 _found: WeakValueDictionary[str, Map] = WeakValueDictionary()
-_resolvers: list[Callable[[str], Map | None]] = []
 
 
 def register(m: Map) -> None:
@@ -51,17 +50,9 @@ def register(m: Map) -> None:
     _found.setdefault(m.key, m)
 
 
-def add_resolver(resolve: Callable[[str], Map | None]) -> None:
-    """A function that rebuilds a map from its key, for graphs that come from another process."""
-    _resolvers.append(resolve)
-
-
 def lookup(key: str) -> Map:
     """The map behind a key."""
     m = _found.get(key)
-    for resolve in _resolvers:
-        if m is None:
-            m = resolve(key)
     if m is None:
         raise NotDifferentiableError(
             f"the map {key!r} of a traced graph no longer exists; keep what made it alive as long as the graph"
