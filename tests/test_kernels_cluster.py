@@ -133,3 +133,9 @@ def test_arrays():
 def test_errors(call, kind, text):
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_swap_axes_refuses_what_is_no_pattern():
+    for bad in ((1, 2), 3):
+        with pytest.raises(pb.ArgumentError, match="swap_axes expects the six tensors"):
+            cluster.swap_axes(bad)

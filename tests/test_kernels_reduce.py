@@ -433,6 +433,17 @@ def test_bad_input(case):
         r(change(*data()))
 
 
+def test_what_is_no_tensor():
+    x, y, b, p = data()
+    for bad in (None, "x", [None]):
+        with pytest.raises(pb.DtypeError, match="arguments must be tensors or arrays of numbers; got"):
+            reducer("Sum")((x, y, b, bad))
+    with pytest.raises(pb.DtypeError, match="out must be a tensor or an array; got str"):
+        reducer("Sum")((x, y, b, p), out="y")
+    with pytest.raises(pb.ArgumentError, match="at least one variable"):
+        Reducer("Sum", builders["Add"](1.0, 2.0), (), 1)
+
+
 def test_bad_options():
     with pytest.raises(pb.ArgumentError, match="axis must be 1"):
         Reducer("Sum", VECTOR, SIGNATURE, 2)

@@ -237,3 +237,10 @@ def test_float32():
 def test_errors(call, kind, text):
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_alpha_is_a_number():
+    x = torch.rand(4, 1)
+    for bad in ("1", None, [1.0]):
+        with pytest.raises(pb.DtypeError, match="alpha must be a number or a tensor; got"):
+            (-Vi(x).sqdist(Vj(x))).exp().solve(x, alpha=bad)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError, ShapeError
+from pullback.kernels.plan.ranges import Ranges
 
 
 def _numpy_too(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,8 +168,10 @@ def swap_axes(ranges: Sequence[Any] | None) -> Any:
     """The pattern with i and j exchanged; None stays None."""
     if ranges is None:
         return None
-    if not isinstance(ranges, (tuple, list)):
-        return type(ranges)(*(getattr(ranges, n) for n in (*_HALVES[1], *_HALVES[0])))
+    if isinstance(ranges, Ranges):
+        return Ranges(*(getattr(ranges, n) for n in (*_HALVES[1], *_HALVES[0])))
+    if not isinstance(ranges, (tuple, list)) or len(ranges) != 6:
+        raise ArgumentError(f"swap_axes expects the six tensors of a block-sparse pattern; got {ranges!r:.80}")
     return (*ranges[3:6], *ranges[0:3])
 
 

@@ -164,7 +164,10 @@ class Reducer:
             elif isinstance(a, np.ndarray) and arrays:
                 found.append(interop.share(a, self.kind) if a.dtype.kind not in "iub" else torch.from_numpy(a.copy()))
             else:
-                found.append(torch.as_tensor(a))
+                try:
+                    found.append(torch.as_tensor(a))
+                except (TypeError, ValueError, RuntimeError):
+                    self._raise(DtypeError, f"arguments must be tensors or arrays of numbers; got {type(a).__name__}")
         return found, arrays
 
     def _backend(self, backend: str, args: Sequence[Tensor]) -> str:
@@ -181,6 +184,8 @@ class Reducer:
         if isinstance(y, tuple):
             raise ArgumentError(f"out= is for reductions with one result; {self.kind} has {len(y)}")
         target = torch.from_numpy(out) if isinstance(out, np.ndarray) else out
+        if not isinstance(target, Tensor):
+            raise DtypeError(f"out must be a tensor or an array; got {type(out).__name__}")
         if target.shape != y.shape or target.dtype != y.dtype or target.device != y.device:
             raise ShapeError(
                 f"out must have shape {tuple(y.shape)}, {y.dtype} on {y.device}; got {tuple(target.shape)}, "
@@ -197,6 +202,8 @@ class Reducer:
         return "; ".join(f"{name}: {show(a)}" for name, a in zip(self.names, args, strict=True))
 
     def _check_formula(self) -> None:
+        if not self.signature:
+            self._raise(ArgumentError, "a reduction needs at least one variable, which says how many rows there are")
         for node in walk(self.expr, *([self.weight] if self.weight is not None else [])):
             if node.op == "Var":
                 position, category = node.params

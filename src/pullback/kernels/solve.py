@@ -189,6 +189,8 @@ def _solve(
 ) -> Any:
     """x, or (x, SolveInfo)."""
     if not isinstance(alpha, Tensor):
+        if not isinstance(alpha, (int, float, np.number)):
+            raise DtypeError(f"solve: alpha must be a number or a tensor; got {type(alpha).__name__}")
         alpha = torch.tensor(float(alpha), dtype=b.dtype, device=b.device)
     if alpha.is_complex():
         raise DtypeError(f"solve: alpha must be real; got {alpha.dtype}")
@@ -287,8 +289,8 @@ class KernelSolve:
         if varinvalias not in names:
             raise ArgumentError(f"varinvalias={varinvalias!r} is not among the aliases {', '.join(names)}")
         expr = language.parse(formula, names)
-        self.formula, self.names, self.axis = formula, *language.signature(declared, expr)[:1], axis
-        signature = language.signature(declared, expr)[1]
+        self.formula, self.axis = formula, axis
+        self.names, signature = language.signature(declared, expr)
         unknown = names[varinvalias]
         wanted = COLUMN if axis == 1 else ROW
         if unknown.params[1] != wanted:
