@@ -41,6 +41,10 @@ class Map(Protocol):
     def pushforward(self, tensors: Sequence[Tensor], out: Tensor, tangents: Sequence[Tensor | None]) -> Tensor | None:
         """The tangent of the result, made of differentiable calls. None is zero."""
 
+    def over(self, tensors: Sequence[Tensor]) -> Tensor:
+        """F over one more leading axis, which some of the tensors have; for maps that cannot, member by member."""
+        return call(self, tensors)
+
 
 _found: WeakValueDictionary[str, Map] = WeakValueDictionary()
 
@@ -124,7 +128,7 @@ class _Bridge(torch.autograd.Function):
                 missing = batch - (t.ndim - 1 - k)
                 t = t.reshape(t.shape[0], *(1,) * missing, *t.shape[1:]) if missing else t
             moved.append(t)
-        return call(m, moved), 0
+        return m.over(moved), 0
 
 
 _fast_apply: Any = super(torch.autograd.Function, _Bridge).apply  # see core/autograd.py

@@ -45,7 +45,7 @@ def sizes(signature: Sequence[tuple[int, int]], tensors: Sequence[Tensor]) -> tu
     return (tuple(batches[0]) if len(batches) == 1 else tuple(torch.broadcast_shapes(*batches))), m, n
 
 
-class Task:
+class Task(maps.Map):
     """y = program(tensors) over the pairs of a pattern, on a back end; a `core.maps.Map`.
 
     Args:

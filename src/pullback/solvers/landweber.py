@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pullback.functionals import Functional
-from pullback.solvers.iterate import Callback, Progress, State, iterate
-from pullback.solvers.problem import Problem, add_scaled, norm
-from pullback.solvers.proximal import default_step, require_prox
+from pullback.solvers.composite import composite, default_step, direct_term, optimality
+from pullback.solvers.iterate import State
+from pullback.solvers.problem import Problem, add_scaled
+from pullback.solvers.run import Options, run
 from pullback.solvers.status import Solution
 
 
@@ -23,18 +25,19 @@ class _State(State):
 class Landweber:
     """The recursion of `landweber`."""
 
-    def __init__(self, problem: Problem, step: Any, projection: Functional | None) -> None:
-        self.problem, self.projection, self.member_length = problem, projection, step
-        self.length = problem.x_scalar(step)
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.projection = problem, direct_term(problem, "projection")
+        self.member_length = default_step(problem)
+        self.length = problem.x_scalar(self.member_length)
 
     def init(self) -> _State:
         """Start from x0 and y - A x0."""
         pb = self.problem
         x, r = pb.start()
-        size = norm(r, pb.n_y)
-        scale = norm(pb.back(pb.y), pb.n_x)
+        size = pb.norm(r, pb.n_y)
+        scale = pb.norm(pb.back(pb.y), pb.n_x)
         # Not yet known; anything finite above the tolerance, and zero where y = 0.
-        error = scale if pb.x0 is None else scale + norm(x, pb.n_x)
+        error = scale if pb.x0 is None else scale + pb.norm(x, pb.n_x)
         return _State(x, error, scale, {"residual": size}, r=r)
 
     def step(self, state: _State) -> None:
@@ -42,18 +45,18 @@ class Landweber:
         pb = self.problem
         g = pb.back(state.r)
         if self.projection is None:
-            state.error = norm(g, pb.n_x)
+            state.error = pb.norm(g, pb.n_x)
             state.x = add_scaled(state.x, self.length, g, pb.own(state.x))
         else:
             u = add_scaled(state.x, self.length, g, pb.own(g))
             x = self.projection._prox_over(u, self.length, pb.n_x)
             with torch.no_grad():
                 d = torch.sub(x, state.x, out=pb.own(state.x))
-                state.error = norm(d, pb.n_x) / self.member_length
+                state.error = pb.norm(d, pb.n_x) / self.member_length
             state.x = x
-        r = pb.A(state.x)
+        r = pb.forward(state.x)
         state.r = torch.sub(pb.y, r, out=pb.own(r))
-        state.values = {"residual": norm(state.r, pb.n_y)}
+        state.values = {"residual": pb.norm(state.r, pb.n_y)}
 
 
 def landweber(
@@ -66,9 +69,7 @@ def landweber(
     maxiter: int = 200,
     rtol: float = 1e-6,
     atol: float = 0.0,
-    callback: Callback | None = None,
-    progress: Progress = False,
-    throw: bool = False,
+    **options: Unpack[Options],
 ) -> Solution:
     """Iterate x <- P(x + step A^H (y - A x)): argmin_x |A x - y|^2 / 2 over the set on which P projects.
 
@@ -80,15 +81,13 @@ def landweber(
         projection: a functional whose prox is the projection, such as `Box(0, None)`.
         maxiter, rtol, atol: stop when |x_new - x| / step (without projection: |A^H (y - A x)|) is at most
             max(rtol |A^H y|, atol), or after maxiter iterations. Few iterations regularise.
-        callback, progress, throw: see `pullback.solvers.iterate.iterate`.
+        options: see `pullback.solvers.run.Options`.
 
     Returns: Solution with history "residual".
     Raises: ShapeError, DtypeError, ArgumentError.
     Cost: one application of A and one of A^H an iteration.
     Source: Landweber 1951, doi 10.2307/2372313.
     """
-    problem = Problem("landweber", A, y, x0, (step, projection))
-    if projection is not None:
-        require_prox(problem, projection, "projection")
-    algorithm = Landweber(problem, default_step(problem, step), projection)
-    return iterate(algorithm, maxiter=maxiter, rtol=rtol, atol=atol, callback=callback, progress=progress, throw=throw)
+    terms = [] if projection is None else [projection]
+    problem = composite("landweber", A, y, x0, terms, step=step)
+    return run(problem, Landweber, optimality(problem), maxiter=maxiter, rtol=rtol, atol=atol, **options)

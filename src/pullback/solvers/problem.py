@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,33 +14,36 @@ from pullback.core.errors import ArgumentError, DtypeError, ShapeError
 from pullback.core.operator import LinearOperator, OperatorLike
 from pullback.core.shapes import size
 from pullback.functionals.arithmetic import is_live, lift
+from pullback.solvers.scalars import Number
 
 _CHUNK = 4096
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class Problem:
-    """A x = y with y of shape (*batch, *A.dimsd) and x of shape (*batch, *A.dims).
+    """A x = y, y of shape (*batch, *A.dimsd), x of shape (*batch, *A.dims), and what else the solution depends on.
 
     Args:
         owner: the solver's name, for messages.
         A: a LinearOperator.
         y: tensor or NumPy array of shape (..., *A.dimsd), or flat (..., m); leading axes are the batch.
         x0: where to start, of shape (..., *A.dims) or flat; zero if None. It broadcasts against the batch of y.
-        others: what else may require grad (functionals, numbers).
+        parts: functionals, modules and numbers by name. The method reads them from `parts`, so that another problem
+            with other values can be made of this one.
 
     `live` tells whether a derivative may be asked for; then nothing is overwritten. `own(t)` is t if it may be
-    overwritten, else None, so that `torch.add(t, u, out=problem.own(t))` is right in both cases.
+    overwritten, else None, so that `torch.add(t, u, out=problem.own(t))` is right in both cases. `single` tells that
+    there is one member on the CPU without derivatives: then all numbers are Python floats (see `scalars.py`).
     """
 
-    def __init__(self, owner: str, A: Any, y: Any, x0: Any = None, others: Iterable[Any] = ()) -> None:
+    def __init__(self, owner: str, A: Any, y: Any, x0: Any = None, **parts: Any) -> None:
         A = A.operator() if isinstance(A, OperatorLike) else A
         if not isinstance(A, LinearOperator):
             raise ArgumentError(
                 f"{owner}: A must be a pullback.LinearOperator; got {type(A).__name__}; "
                 f"wrap a matrix with MatrixMult, a foreign operator with TorchOperator"
             )
-        self.owner, self.A, self.adjoint = owner, A, A.H
+        self.owner, self.A, self.adjoint, self.parts = owner, A, A.H, parts
         self.is_numpy = isinstance(y, np.ndarray)
         data, self.is_flat, batch = _enter(y, A.dimsd, owner, "y", "A's output")
         if A._real_range and data.is_complex():
@@ -64,14 +66,22 @@ class Problem:
         data = data.to(torch.promote_types(data.dtype, A._out_dtype(x_dtype, False)))
         self.y = data.expand(*batch, *A.dimsd)
         self.n_x, self.n_y = len(A.dims), len(A.dimsd)
-        held: list[Any] = [self.y, self.x0, *A.parameters(), *A.buffers()]
-        for other in others:
-            if isinstance(other, torch.nn.Module):
-                held.extend((*other.parameters(), *other.buffers()))
-            else:
-                held.append(other)
-        self.live = is_live(*held)
         self.eps = torch.finfo(self.y.dtype).eps
+        self._look()
+
+    def _look(self) -> None:
+        """Find out whether anything is differentiated or traced, and set what follows from that."""
+        held: list[Any] = [self.y, self.x0, *self.A.parameters(), *self.A.buffers()]
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                held.extend((*part.parameters(), *part.buffers()))
+            else:
+                held.append(part)
+        self.live = is_live(*held)
+        self.single = not self.batch and not self.live and self.y.device.type == "cpu"
+        # `_run` skips the checks of a call, and the copy that protects the input of operators which may return it.
+        self.forward = self.A if self.A._aliases else self.A._run
+        self.backward = self.adjoint if self.adjoint._aliases else self.adjoint._run
 
     def own(self, t: Tensor) -> Tensor | None:
         """Where to write a result that replaces t: t itself, or nowhere if derivatives may be asked for."""
@@ -88,15 +98,39 @@ class Problem:
 
     def back(self, r: Tensor) -> Tensor:
         """A^H r, free to be overwritten and of the dtype of x."""
-        return self.adjoint(r).to(self.x_dtype)
+        s = self.backward(r)
+        return s if s.dtype == self.x_dtype else s.to(self.x_dtype)
 
-    def x_scalar(self, c: Any) -> Any:
+    def x_scalar(self, c: Number) -> Number:
         """One number a member, as something that broadcasts against x."""
-        return lift(c, self.n_x)
+        return c if isinstance(c, float) else lift(c, self.n_x)
 
-    def y_scalar(self, c: Any) -> Any:
+    def y_scalar(self, c: Number) -> Number:
         """One number a member, as something that broadcasts against y."""
-        return lift(c, self.n_y)
+        return c if isinstance(c, float) else lift(c, self.n_y)
+
+    def norm(self, v: Tensor, n: int) -> Number:
+        """|v|_2 of each member, over the last n axes, without derivative."""
+        return _single_norm(v) if self.single else norm(v, n)
+
+    def square(self, v: Tensor, n: int) -> Number:
+        """|v|^2 of each member, over the last n axes; differentiable if live."""
+        if self.single:
+            size = _single_norm(v)
+            return size * size
+        return square(v, n, self.live)
+
+    def dot(self, u: Tensor, v: Tensor, n: int) -> Number:
+        """Re <u, v> of each member, over the last n axes."""
+        if self.single and u.numel() <= 2 * _CHUNK and u.dtype == v.dtype:
+            return float(torch.dot(_real_vector(u), _real_vector(v)))
+        return float(dot(u, v, n)) if self.single else dot(u, v, n)
+
+    def fill(self, value: float) -> Number:
+        """The same number for each member."""
+        if self.single:
+            return float(value)
+        return torch.full(self.batch, value, dtype=self.y.dtype.to_real(), device=self.y.device)
 
     def number(self, value: Any, name: str, *, positive: bool = False) -> Any:
         """A parameter of the method: a number, or a tensor with one real value, or one for each member of the batch."""
@@ -112,6 +146,8 @@ class Problem:
                     f"{self.owner}: {name} must be one number or one for each member of the batch, shape {self.batch}; "
                     f"got {tuple(value.shape)}"
                 )
+            if self.single:
+                return float(value)
             return value.to(self.y.dtype.to_real()) if value.ndim else value
         ok = interop.is_scalar(value) and not isinstance(value, complex)
         if not ok or not (float(value) > 0 if positive else float(value) >= 0) or math.isinf(float(value)):
@@ -183,10 +219,16 @@ def dot(x: Tensor, y: Tensor, n: int) -> Tensor:
     return (flat(x, n) * flat(y, n)).sum(-1)
 
 
-def ratio(a: Tensor, b: Tensor, live: bool = False) -> Tensor:
-    """The quotient a / b, and 0 where b is zero (with derivative 0 if live): members that finished stay finite."""
-    zero = b == 0
-    return torch.where(zero, 0, a / (torch.where(zero, 1, b) if live else b))
+def _real_vector(v: Tensor) -> Tensor:
+    if v.is_complex():
+        v = torch.view_as_real(v.resolve_conj())
+    return v if v.ndim == 1 else v.reshape(-1)
+
+
+def _single_norm(v: Tensor) -> float:
+    if v.numel() > 2 * _CHUNK:
+        return float(norm(v, v.ndim))
+    return float(torch.linalg.vector_norm(_real_vector(v)))
 
 
 def length(x: Tensor, n: int, live: bool) -> Tensor:
@@ -200,6 +242,8 @@ def length(x: Tensor, n: int, live: bool) -> Tensor:
 
 def add_scaled(x: Tensor, c: Any, p: Tensor, out: Tensor | None) -> Tensor:
     """The sum x + c p, for a number or a tensor c that broadcasts against them, in one pass."""
+    if isinstance(c, float):
+        return torch.add(x, p, alpha=c) if out is None else torch.add(x, p, alpha=c, out=out)
     if isinstance(c, Tensor):
         return torch.addcmul(x, c, p, out=out)
     return torch.add(x, p, alpha=c, out=out)

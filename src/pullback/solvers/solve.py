@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from typing_extensions import Unpack
+
 from pullback.functionals import Functional, SquaredL2
 from pullback.functionals.base import Scaled, Sum
-from pullback.solvers.iterate import Callback, Progress
+from pullback.solvers.composite import as_terms
 from pullback.solvers.lsqr import lsqr
-from pullback.solvers.pdhg import as_terms, pdhg
+from pullback.solvers.pdhg import pdhg
 from pullback.solvers.proximal import fista
+from pullback.solvers.run import Options
 from pullback.solvers.status import Solution
 
 
@@ -23,9 +26,7 @@ def solve(
     x0: Any = None,
     maxiter: int | None = None,
     rtol: float | None = None,
-    callback: Callback | None = None,
-    progress: Progress = False,
-    throw: bool = False,
+    **options: Unpack[Options],
 ) -> Solution:
     """argmin_x |A x - y|^2 / 2 + regularizer(x), by the solver that suits; `Solution.method` says which and why.
 
@@ -35,7 +36,7 @@ def solve(
         regularizer: None, a functional, or a sum or list of them.
         x0: where to start, of shape (..., *A.dims); zero if None.
         maxiter, rtol: as in the chosen solver (for lsqr rtol means atol and btol); its defaults if None.
-        callback, progress, throw: see `pullback.solvers.iterate.iterate`.
+        options: see `pullback.solvers.run.Options`.
 
     | regularizer                                   | solver |
     |-----------------------------------------------|--------|
@@ -46,7 +47,7 @@ def solve(
     Returns: Solution. Raises: what the chosen solver raises.
     """
     terms = as_terms("solve", regularizer)
-    common: dict[str, Any] = {"x0": x0, "callback": callback, "progress": progress, "throw": throw}
+    common: dict[str, Any] = {"x0": x0, **options}
     if maxiter is not None:
         common["maxiter"] = maxiter
     damp = _damping(terms)

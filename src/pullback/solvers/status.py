@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,11 @@ class Status(enum.Enum):
     MAXITER = "reached maxiter before the tolerance: increase maxiter, or loosen rtol"
     ILL_CONDITIONED = "stopped because cond(A) seems to exceed conlim: add damp, or increase conlim"
     BREAKDOWN = "broke down: A is not Hermitian positive definite; use cgls or lsqr, or add damp"
-    DIVERGED = "diverged: values grew without bound or became inf or nan; check the data for nan, or use a smaller step"
+    NOT_SELF_ADJOINT = "stopped: A is not self-adjoint, as this method needs; use gmres, cgls or lsqr"
+    DIVERGED = (
+        "diverged: values grew without bound or became inf or nan; x is the last good iterate; use a smaller step"
+    )
+    NOT_FINITE = "the data hold inf or nan: clean y and x0 before solving"
 
     def __str__(self) -> str:
         return self.value
@@ -34,6 +38,29 @@ class Status(enum.Enum):
 
 # The code of a status in integer tensors is its place here; a batch has the status of its worst member.
 CODES = tuple(Status)
+
+
+class AccuracyWarning(UserWarning):
+    """A gradient through a solution may be less accurate than was asked for."""
+
+
+@dataclass(frozen=True)
+class AdjointSolve:
+    """How the linear system behind an implicit derivative was solved.
+
+    Attributes:
+        kind: "cotangent" (reverse mode) or "tangent" (forward mode).
+        method: the solver.
+        status: how it ended.
+        iterations: how many iterations it took.
+        residual: |g - J^H v| / |g| as the solver saw it last; of a batch, the worst member.
+    """
+
+    kind: str
+    method: str
+    status: Status
+    iterations: int
+    residual: float
 
 
 class ConvergenceError(PullbackError, RuntimeError):
@@ -57,6 +84,7 @@ class Solution:
         method: the solver that ran, and why if it was chosen by `solve`.
         statuses: one Status a member of the batch, in row-major order.
         member_iterations: how many iterations each member took, of the shape of the batch.
+        adjoint: reports of the solves behind implicit derivatives; filled when derivatives are computed.
     """
 
     x: Any
@@ -66,6 +94,7 @@ class Solution:
     method: str
     statuses: tuple[Status, ...]
     member_iterations: Tensor
+    adjoint: list[AdjointSolve] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Solution({self.method}: {self.status}; {self.iterations} iterations)"
