@@ -71,7 +71,9 @@ class Checkpoint:
 def _fingerprint(problem: Problem) -> str:
     """The method, the shapes, the numbers and a digest of the data: enough to refuse another problem."""
     digest = hashlib.sha256()
-    for t in (problem.y, problem.x0):
+    modules = [m for m in (problem.A, *problem.parts.values()) if isinstance(m, torch.nn.Module)]
+    held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    for t in (problem.y, problem.x0, *held):
         if t is not None:
             digest.update(t.detach().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     numbers = [

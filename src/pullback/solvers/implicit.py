@@ -19,12 +19,19 @@ from torch import Tensor
 
 from pullback.core import maps
 from pullback.core.errors import NotDifferentiableError
-from pullback.core.operator import LinearOperator
+from pullback.core.operator import LinearOperator, Operator
 from pullback.functionals.arithmetic import is_live
+from pullback.linops import FunctionOperator
 from pullback.solvers.problem import Problem
 from pullback.solvers.status import AccuracyWarning, AdjointSolve, ConvergenceError, Solution, Status
 
 _numbers = itertools.count()
+
+HIDDEN = (
+    "{owner}: the equation depends on a tensor that requires grad but that neither the operator, the functionals nor the "
+    "arguments hold, so its gradient would be lost; assign the tensor as an attribute of the operator (or functional), "
+    "pass it among the parameters of a function, or use unroll=True"
+)
 
 
 @dataclass(frozen=True)
@@ -93,15 +100,12 @@ class Root(maps.Map):
 
     def evaluate(self, tensors: Sequence[Tensor]) -> Tensor:
         """The numbers."""
+        tensors = [t.detach() for t in tensors]  # not all who trace have done so
         s = self.solve(tensors)
         with torch.enable_grad():
             hidden = self.residual(s, *tensors).requires_grad
         if hidden:
-            raise NotDifferentiableError(
-                f"{self.owner}: the equation depends on a tensor that requires grad but that neither the operator, the "
-                f"functionals nor the arguments hold, so its gradient would be lost; assign the tensor as an attribute "
-                f"of the operator (or functional), or use unroll=True"
-            )
+            raise NotDifferentiableError(HIDDEN.format(owner=self.owner))
         return s
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -115,7 +119,8 @@ class Root(maps.Map):
         self, tensors: Sequence[Tensor], out: Tensor, g: Tensor, wanted: Sequence[int]
     ) -> Sequence[Tensor | None]:
         """-(dF/dtheta)^H J^-H g."""
-        v = maps.call(self._relative("cotangent", tensors, out), (g, out, *tensors))
+        level = self._level(tensors)
+        v = maps.call(self._relative("cotangent", level, out), (g, out, *level))
         pull = torch.func.vjp(self._of(tensors, wanted, out), *(tensors[i] for i in wanted))[1]
         return [-p for p in pull(v)]
 
@@ -126,7 +131,16 @@ class Root(maps.Map):
             return None
         primals = tuple(tensors[i] for i in moving)
         change = _push(self._of(tensors, moving, out), primals, tuple(tangents[i] for i in moving), out)
-        return maps.call(self._relative("tangent", tensors, out), (-change, out, *tensors))
+        level = self._level(tensors)
+        return maps.call(self._relative("tangent", level, out), (-change, out, *level))
+
+    def _level(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors with as many leading axes (of size 1) as the one that has most, so that further ones align."""
+        most = max(t.ndim - r for t, r in zip(tensors, self.ranks, strict=True))
+        return [
+            t if whole or t.ndim - r == most else t.reshape(*(1,) * (most - t.ndim + r), *t.shape)
+            for t, r, whole in zip(tensors, self.ranks, self.whole, strict=True)
+        ]
 
     def _of(self, tensors: Sequence[Tensor], chosen: Sequence[int], s: Tensor) -> Callable[..., Tensor]:
         """F as a function of the chosen tensors alone."""
@@ -141,11 +155,14 @@ class Root(maps.Map):
 
     def _relative(self, kind: str, tensors: Sequence[Tensor], out: Tensor) -> Root:
         """The equation J^H v = g (cotangent) or J v = g (tangent), in which s and the tensors are tensors again."""
+        ranks = (out.ndim, out.ndim, *(t.ndim for t in tensors))
         known = self._related.get(kind)
-        if known is not None and known.ranks[1] == out.ndim:
+        if known is not None and known.ranks == ranks:
             return known
 
         def residual(v: Tensor, g: Tensor, s: Tensor, *tensors: Tensor) -> Tensor:
+            v, s = torch.broadcast_tensors(v, s)  # under vmap one of them alone may have further leading axes
+
             def of_state(s: Tensor) -> Tensor:
                 return self.residual(s, *tensors)
 
@@ -157,7 +174,6 @@ class Root(maps.Map):
             g, s, *rest = tensors
             return self._solve_linear(kind, g, s, rest)
 
-        ranks = (out.ndim, out.ndim, *self.ranks)
         whole = (False, False, *self.whole)
         new = Root(f"{self.owner} ({kind})", residual, solve, self.n, ranks, whole, self.linear, self.reports)
         self._related[kind] = new
@@ -258,6 +274,26 @@ def _real(t: Tensor) -> Tensor:
 # What a problem depends on ------------------------------------------------------------------------------------------
 
 
+def watch(problem: Problem) -> None:
+    """Let the first application of A raise if A is somebody's code and uses a tensor with derivatives unseen.
+
+    Operators of this library hold what they use.
+    """
+    A, plain = problem.A, problem.forward
+    if all(type(m).__module__.startswith("pullback.") and not isinstance(m, FunctionOperator) for m in A.modules()):
+        return
+
+    def first(x: Tensor) -> Tensor:
+        problem.forward = plain
+        with torch.enable_grad():
+            value = plain(x)
+        if value.requires_grad:
+            raise NotDifferentiableError(HIDDEN.format(owner=problem.owner))
+        return value
+
+    problem.forward = first
+
+
 def live_tensors(problem: Problem) -> tuple[list[Tensor], list[bool]]:
     """The tensors in which a derivative may be asked for, and whether each is held by an operator or a module."""
     found: dict[int, tuple[Tensor, bool]] = {}
@@ -322,7 +358,7 @@ def shadow(module: torch.nn.Module, table: dict[int, Tensor], memo: dict[int, An
         return module
     new: Any = object.__new__(type(module))
     memo[id(module)] = new
-    is_operator = isinstance(module, LinearOperator)
+    is_operator = isinstance(module, Operator)
     state = module.__getstate__() if is_operator else module.__dict__
     new.__dict__.update({k: _replaced(v, table, memo) for k, v in state.items()})
     for name in ("_parameters", "_buffers"):

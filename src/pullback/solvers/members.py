@@ -24,11 +24,10 @@ class Single:
     def __init__(self, problem: Problem, state: Any, rtol: float, atol: float) -> None:
         self.rtol, self.atol, self.code, self.count = rtol, atol, 0, 0
         self.limit = GROWTH * max(state.error, state.scale)
-        self.good: Tensor | None = None  # the iterate with the smallest error so far, roughly
+        self.good = _start(problem, state.x)  # the iterate with the smallest error so far, roughly
         self.least = math.inf
         if not math.isfinite(self.limit) and not _is_finite(problem):
             self.code = _NOT_FINITE
-            self.good = state.x
 
     def judge(self, state: Any) -> bool:
         """Whether the member stops now."""
@@ -59,7 +58,7 @@ class Single:
     def result(self, state: Any) -> Tensor:
         """x, or a good iterate if it diverged."""
         if self.code in (_DIVERGED, _NOT_FINITE):
-            return torch.zeros_like(state.x) if self.good is None else self.good
+            return self.good
         x: Tensor = state.x
         return x
 
@@ -85,12 +84,12 @@ class Batch:
         self.counts = torch.zeros(problem.batch, dtype=torch.int64, device=error.device)
         self.limit = GROWTH * torch.maximum(error, scale)
         self.kept: Tensor | None = None  # x of the members that have stopped
-        self.good = torch.zeros_like(state.x)  # the iterates with the smallest error so far, roughly
+        self.good = _start(problem, state.x)  # the iterates with the smallest error so far, roughly
         self.least = torch.full_like(error, torch.inf)
         if not bool(torch.isfinite(self.limit).all()):
             bad = ~_finite_members(problem) & ~torch.isfinite(self.limit)
             self.codes[bad] = _NOT_FINITE
-            self.kept = torch.where(problem.x_scalar(bad), torch.nan_to_num(state.x), state.x)
+            self.kept = torch.where(problem.x_scalar(bad), self.good, state.x)
 
     def judge(self, state: Any) -> bool:
         """Write the codes of members that stop now; whether all have stopped."""
@@ -113,7 +112,7 @@ class Batch:
             better = (error < _HALVED * self.least) & (self.codes == 0)
             if bool(better.any()):
                 self.least = torch.where(better, error, self.least)
-                self.good = torch.where(self.problem.x_scalar(better), state.x, self.good)
+                self.good = torch.where(self.problem.x_scalar(better), state.x.detach(), self.good)
         return finished
 
     def _stop(self, state: Any, members: Tensor, found: Any) -> None:
@@ -151,6 +150,11 @@ class Batch:
         found = [CODES[c] for c in self.codes.flatten().tolist()]
         worst = CODES[max(map(CODES.index, found))]
         return Solution(x, worst, iterations, history, problem.owner, tuple(found), counts)
+
+
+def _start(problem: Problem, x: Tensor) -> Tensor:
+    """Where the iteration began, without inf and nan."""
+    return torch.zeros_like(x) if problem.x0 is None else torch.nan_to_num(problem.x0.detach())
 
 
 def _finite_members(problem: Problem) -> Tensor:

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from pullback.core import maps
 from pullback.core.errors import ArgumentError
 from pullback.solvers.checkpoint import Checkpoint
-from pullback.solvers.implicit import Linear, Root, live_tensors, rebound
+from pullback.solvers.implicit import Linear, Root, live_tensors, rebound, watch
 from pullback.solvers.iterate import Algorithm, Callback, Outcome, Progress, conclude, iterate
 from pullback.solvers.problem import Problem
 from pullback.solvers.status import AccuracyWarning, AdjointSolve, Solution
@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
         adjoint_maxiter: the most iterations there; at least 200 and at least `maxiter` if None.
         checkpoint: a file in which the state is kept; if it exists, the run continues from there, bit for bit.
         checkpoint_every: iterations between two writes.
+        schedule: (problem, k) -> the problem with the parts of iteration k, as `Unrolled` uses it.
     """
 
     callback: Callback | None
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     adjoint_maxiter: int | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
+    schedule: Callable[[Problem, int], Problem] | None
 
 
 _KNOWN = tuple(Options.__annotations__)
@@ -116,6 +118,12 @@ def run(
         if problem.live and unroll:
             raise ArgumentError(f"{owner}: a run with unroll=True cannot be saved; leave checkpoint away")
         loop["checkpoint"] = Checkpoint(path, every)
+    if options.get("schedule") is not None:
+        build = _scheduled(build, options["schedule"], maxiter)
+    if torch.is_grad_enabled() and unroll:
+        problem.live, problem.single = True, False  # closures may hold tensors, too
+    elif torch.is_grad_enabled() and not problem.live:
+        watch(problem)
     tensors, whole = live_tensors(problem) if problem.live and not unroll else ([], [])
     if not tensors:
         return conclude(iterate(build(problem), **loop), throw)
@@ -127,6 +135,25 @@ def run(
     wanted = rtol if tolerance is None else tolerance
     linear = _linear(problem, equation, wanted, maxiter, options)
     return _implicit(problem, build, equation, linear, tensors, whole, loop, throw)
+
+
+class _Scheduled:
+    """A method whose parts change from one iteration to the next."""
+
+    def __init__(self, methods: Sequence[Algorithm]) -> None:
+        self.methods, self.problem = methods, methods[0].problem
+
+    def init(self) -> Any:
+        return self.methods[0].init()
+
+    def step(self, state: Any) -> None:
+        self.methods[state.iteration].step(state)
+
+
+def _scheduled(
+    build: Callable[[Problem], Algorithm], schedule: Callable[[Problem, int], Problem], maxiter: int
+) -> Callable[[Problem], Algorithm]:
+    return lambda p: _Scheduled([build(schedule(p, k)) for k in range(max(1, maxiter))])
 
 
 def _linear(problem: Problem, equation: Equation, rtol: float, maxiter: int, options: dict[str, Any]) -> Linear:
