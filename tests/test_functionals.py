@@ -10,8 +10,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pullback.core.errors import ArgumentError, DtypeError, NotDifferentiableError, ShapeError
-from pullback.functionals import L1, L2, L21, TV, Box, SquaredL2
-from pullback.linops import Gradient
+from pullback.functionals import (
+    ETP,
+    L0,
+    L1,
+    L2,
+    L21,
+    MCP,
+    SCAD,
+    TV,
+    AffineSet,
+    Box,
+    Geman,
+    HalfSpace,
+    Huber,
+    Hyperplane,
+    KullbackLeibler,
+    L0Ball,
+    L1Ball,
+    L2Ball,
+    LeastSquares,
+    Lhalf,
+    Linf,
+    LinfBall,
+    Log,
+    Lp,
+    Nuclear,
+    NuclearBall,
+    Quadratic,
+    Rank,
+    Simplex,
+    SquaredL2,
+    Stack,
+    ZeroFunctional,
+)
+from pullback.linops import FFT2D, Diagonal, Gradient, MatrixMult, Restriction
 
 DIMS = (3, 4)
 
@@ -20,30 +53,83 @@ def randn(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-WEIGHT = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-FUNCTIONALS = {
+def rand(*shape, seed=0):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT = rand(4, seed=1)
+UNITARY = torch.linalg.qr(randn(12, 12, seed=6)).Q
+CONVEX = {
     "L1": lambda: L1(DIMS),
     "L1 weighted": lambda: L1(DIMS, weight=WEIGHT),
     "L2": lambda: L2(DIMS),
     "L21": lambda: L21(DIMS, axis=0),
     "L21 last": lambda: L21(DIMS, axis=-1),
+    "Linf": lambda: Linf(DIMS),
     "SquaredL2": lambda: SquaredL2(DIMS),
     "SquaredL2 centre": lambda: SquaredL2(DIMS, b=randn(*DIMS, seed=2)),
-    "Box": lambda: Box(-0.5, 0.8, dims=DIMS),
-    "Box tensor": lambda: Box(-randn(4, seed=3).abs(), 0.8, dims=DIMS),
+    "Huber": lambda: Huber(0.4, dims=DIMS),
+    "Nuclear": lambda: Nuclear(DIMS),
+    "Zero": lambda: ZeroFunctional(DIMS),
+    "LeastSquares": lambda: LeastSquares(MatrixMult(randn(2, 3, seed=8), otherdims=4), randn(2, 4, seed=2), rtol=1e-12),
+    "LeastSquares diagonal": lambda: LeastSquares(Diagonal(randn(*DIMS, seed=8))),
+    "LeastSquares rows": lambda: LeastSquares(Restriction(DIMS, [2, 0], axis=0), 0.5),
+    "Quadratic": lambda: Quadratic(MatrixMult(randn(5, 3, seed=8), 4).gram, randn(*DIMS, seed=2), 0.3, rtol=1e-12),
+    "L1Ball": lambda: L1Ball(2.0, dims=DIMS),
+    "L2Ball": lambda: L2Ball(0.7, dims=DIMS).translate(randn(*DIMS, seed=4)),
+    "LinfBall": lambda: LinfBall(0.5, dims=DIMS),
+    "NuclearBall": lambda: NuclearBall(1.5, dims=DIMS),
+    "Hyperplane": lambda: Hyperplane(randn(*DIMS, seed=5), 0.3, dims=DIMS),
+    "HalfSpace": lambda: HalfSpace(randn(4, seed=5), -0.3, dims=DIMS),
+    "AffineSet": lambda: AffineSet(MatrixMult(randn(2, 3, seed=8), otherdims=4), randn(2, 4, seed=2), rtol=1e-12),
+    "AffineSet rows": lambda: AffineSet(Restriction(DIMS, [2, 0], axis=0), randn(2, 4, seed=2)),
     "TV": lambda: TV(DIMS, maxiter=400, rtol=1e-6),
     "TV anisotropic": lambda: TV(DIMS, isotropic=False, maxiter=400, rtol=1e-6),
     "scaled": lambda: 0.3 * L1(DIMS) / 2,
     "scaled by tensor": lambda: torch.tensor(0.7, dtype=torch.float64) * L21(DIMS),
+    "scaled Huber": lambda: 0.6 * Huber(0.4, dims=DIMS),
     "translated": lambda: L2(DIMS).translate(randn(*DIMS, seed=4)),
+    "elastic net": lambda: 0.4 * L1(DIMS) + 0.7 * SquaredL2(DIMS, b=randn(*DIMS, seed=4)),
+    "sparse groups": lambda: 0.2 * L1(DIMS) + 0.3 * L21(DIMS),
+    "after FFT": lambda: 0.3 * L1() @ FFT2D(DIMS, norm="none"),
+    "after rows": lambda: Linf() @ (2 * Restriction(DIMS, [2, 0], axis=0)),
+    "stack": lambda: 0.8 * Stack([L1((1, 4)), Huber(0.3, dims=(2, 4))], axis=0),
+    "Box": lambda: Box(-0.5, 0.8, dims=DIMS),
+    "Box tensor": lambda: Box(-randn(4, seed=3).abs(), 0.8, dims=DIMS),
     "box and L1": lambda: 0.4 * L1(DIMS) + Box(0, 1, dims=DIMS),
+    "box, L1 and groups": lambda: 0.2 * L1(DIMS) + Box(0, None, dims=DIMS) + 0.3 * L21(DIMS),
+    "KullbackLeibler, no box": lambda: KullbackLeibler(DIMS, b=3 * rand(*DIMS, seed=3)),
+    "KullbackLeibler background, no box": lambda: 0.7 * KullbackLeibler(DIMS, b=rand(4, seed=3), background=0.3),
+    "Simplex, no box": lambda: Simplex(1.5, dims=DIMS),
+    "Simplex axis, no box": lambda: Simplex(1.5, axis=0, dims=DIMS),
 }
-COMPLEX = [k for k in FUNCTIONALS if "ox" not in k]
-KINDS = [(k, torch.float64) for k in FUNCTIONALS] + [(k, torch.complex128) for k in COMPLEX]
-pairs = pytest.mark.parametrize(("name", "dtype"), KINDS)
+NONCONVEX = {
+    "L0": lambda: 0.3 * L0(DIMS),
+    "Lp": lambda: 0.3 * Lp(0.7, dims=DIMS),
+    "Lhalf": lambda: 0.3 * Lhalf(DIMS),
+    "Log": lambda: 0.5 * Log(0.3, dims=DIMS),
+    "Geman": lambda: 0.6 * Geman(0.5, dims=DIMS),
+    "ETP": lambda: 0.6 * ETP(2.0, dims=DIMS),
+    "SCAD": lambda: SCAD(0.3, 3.0, dims=DIMS),
+    "SCAD steep": lambda: 4.0 * SCAD(0.3, 2.2, dims=DIMS),
+    "MCP": lambda: MCP(0.4, 2.0, dims=DIMS),
+    "MCP steep": lambda: 5.0 * MCP(0.2, 2.0, dims=DIMS),
+}
+FUNCTIONALS = CONVEX | NONCONVEX | {"L0Ball": lambda: L0Ball(5, dims=DIMS), "Rank": lambda: 0.5 * Rank(DIMS)}
+REAL_ONLY = [k for k in FUNCTIONALS if "ox" in k]  # complex numbers have no order
 
 
-@pairs
+def kinds(names):
+    return pytest.mark.parametrize(
+        ("name", "dtype"),
+        [(k, torch.float64) for k in names] + [(k, torch.complex128) for k in names if k not in REAL_ONLY],
+    )
+
+
+pairs = kinds(FUNCTIONALS)
+
+
+@kinds(CONVEX)
 def test_prox_is_the_minimum(name, dtype):
     f, x, step = FUNCTIONALS[name](), randn(5, *DIMS, dtype=dtype), 0.6
 
@@ -53,13 +139,16 @@ def test_prox_is_the_minimum(name, dtype):
     u = f.prox(x, step)
     best = objective(u)
     slack = 1e-4 if "TV" in name else 1e-9
+    assert f.convex
+    assert f.has_prox
     assert best.shape == (5,)
     assert torch.isfinite(best).all()
-    for seed in range(20):  # |u - v|^2 / (2 step) is what strong convexity promises above the minimum
+    for seed in range(10):  # |u - v|^2 / (2 step) is what strong convexity promises above the minimum
         for size in (1e-3, 0.1, 1.0):
-            d = size * randn(5, *DIMS, dtype=dtype, seed=seed)
-            gain = objective(u + d) - best
-            assert (gain >= d.abs().square().sum((-2, -1)) / (2 * step) - slack * size).all()
+            away = u + size * randn(5, *DIMS, dtype=dtype, seed=seed)
+            for v in (away, f.prox(away, 0.1)):  # the second lies in the domain of f
+                room = (u - v).abs().square().sum((-2, -1)) / (2 * step)
+                assert (objective(v) - best >= room - slack * (1 if "TV" in name else size)).all()
 
 
 @pairs
@@ -74,7 +163,7 @@ def test_moreau(name, dtype):
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6), st.floats(1e-3, 1e3), st.floats(0, 1e3))
 def test_moreau_of_norms_with_any_numbers(values, step, weight):
     x = torch.tensor(values, dtype=torch.float64)
-    for norm in (L1(), L2(), L21(axis=-1)):
+    for norm in (L1(), L2(), L21(axis=-1), Linf()):
         f = weight * norm
         total = f.conjugate_prox(x, step) + step * f.prox(x / step, 1 / step)
         torch.testing.assert_close(total, x, atol=1e-9 * max(1.0, step * weight), rtol=1e-9)
@@ -83,7 +172,7 @@ def test_moreau_of_norms_with_any_numbers(values, step, weight):
 @pairs
 def test_batch_is_loop_and_flat_is_shaped(name, dtype):
     f, x = FUNCTIONALS[name](), randn(2, 3, *DIMS, dtype=dtype)
-    steps = torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    steps = rand(2, 3)
     atol = 1e-5 if "TV" in name else 1e-9  # rounding may end TV at another iteration
     u, c = f.prox(x, steps), f.conjugate_prox(x, steps + 0.1)
     for i in range(2):
@@ -105,24 +194,86 @@ def test_prox_leaves_x_alone(name, dtype):
     assert u.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(("name", "dtype"), [p for p in KINDS if "TV" not in p[0]])
+@kinds([k for k in FUNCTIONALS if "TV" not in k])
 def test_prox_gradcheck(name, dtype):
-    f, x = FUNCTIONALS[name](), randn(2, *DIMS, dtype=dtype).requires_grad_()
-    step = torch.tensor([0.3, 0.6], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(f.prox, (x, step), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(f.prox, (x, step))
-    assert torch.autograd.gradcheck(f.conjugate_prox, (x, step))
-    if "ox" not in name:
-        assert torch.autograd.gradcheck(f, (x,))
+    f, x = FUNCTIONALS[name](), randn(1, *DIMS, dtype=dtype).requires_grad_()
+    step = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    check = {"fast_mode": True}
+    assert torch.autograd.gradcheck(f.prox, (x, step), check_forward_ad=True, **check)
+    assert torch.autograd.gradgradcheck(f.prox, (x, step), **check)
+    assert torch.autograd.gradcheck(f.conjugate_prox, (x, step), **check)
+    inside = f.prox(x, step).detach().requires_grad_()
+    if name not in REAL_ONLY and f(x).isfinite() and "Rank" not in name:
+        assert torch.autograd.gradcheck(f, (x,), **check)
+    assert f(inside).isfinite()
 
 
-def test_tv_prox_gradcheck():
-    f, x = TV((3, 3), maxiter=15, rtol=0), randn(2, 3, 3).requires_grad_()
-    step = torch.tensor([0.3, 0.6], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(f.prox, (x, step))
-    flat = torch.ones(4, 4, dtype=torch.float64, requires_grad=True)  # gradient zero everywhere: no nan
-    TV((4, 4)).prox(flat, step[0]).sum().backward()
-    assert torch.isfinite(flat.grad).all()
+@kinds([k for k in FUNCTIONALS if k not in ("Rank", "L0")])
+def test_gradient_is_that_of_autograd(name, dtype):
+    f, x = FUNCTIONALS[name](), (3 * rand(2, *DIMS)).to(dtype).requires_grad_()
+    try:
+        g = f.grad(x)
+    except NotDifferentiableError:
+        if "stack" not in name:
+            assert f.lipschitz == float("inf")
+        return
+    torch.testing.assert_close(g, torch.autograd.grad(f(x).sum(), x)[0])
+    v = rand(2, *DIMS, seed=9).to(dtype)
+    change = (f.grad(x + v) - g).detach()
+    assert (change.norm(dim=(1, 2)) <= f.lipschitz * v.norm(dim=(1, 2)) * (1 + 1e-9)).all()
+    growth = (change * v.conj()).real.sum((1, 2))
+    assert (growth >= (f.strong_convexity - 1e-9) * v.norm(dim=(1, 2)) ** 2).all()
+
+
+# Fenchel: f(v) + f^*(u) >= Re<u, v>, with equality where u = (x - v) / step at v = prox.
+@kinds([k for k in CONVEX if "TV" not in k and "AffineSet" not in k and "Quadratic" not in k and "LeastS" not in k])
+def test_conjugate(name, dtype):
+    f, x, step = FUNCTIONALS[name](), randn(4, *DIMS, dtype=dtype), 0.7
+    if name in ("box and L1", "box, L1 and groups", "sparse groups"):
+        with pytest.raises(ArgumentError, match="is not known in closed form"):
+            f.conjugate(x)
+        return
+    v = f.prox(x, step)
+    u = (x - v) / step
+    pairing = (u.conj() * v).real.sum((1, 2))
+    torch.testing.assert_close(f.conjugate(u), pairing - f(v), atol=1e-9, rtol=1e-9)
+    assert f.conjugate(u).shape == (4,)
+    for seed in range(5):
+        w = f.prox(2 * randn(4, *DIMS, dtype=dtype, seed=seed), 0.3)
+        assert (f(w) + f.conjugate(u) - (u.conj() * w).real.sum((1, 2)) >= -1e-9).all()
+    if f.operator is None:
+        for scale in (0.5, 2.0):
+            scaled = (scale * f).conjugate(scale * u)
+            torch.testing.assert_close(scaled, scale * f.conjugate(u), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "outside"), [("L1", 1.1), ("L2", 1.1), ("L21", 1.1), ("Linf", 1.1), ("Nuclear", 1.1)])
+def test_conjugate_of_a_norm_is_the_dual_ball(name, outside):
+    f, x = FUNCTIONALS[name](), randn(3, *DIMS)
+    u = f.conjugate_prox(5 * x, 1.0)  # on the boundary
+    assert (f.conjugate(u) == 0).all()
+    assert (f.conjugate(outside * u) == float("inf")).all()
+    assert (f.conjugate(u.float()) == 0).all()
+
+
+@pytest.mark.parametrize("name", list(NONCONVEX))
+def test_nonconvex_prox_finds_the_global_minimum(name):
+    f = NONCONVEX[name]()
+    assert not f.convex
+    grid = torch.linspace(-4, 4, 20001, dtype=torch.float64)
+    penalty = torch.stack([f(torch.full(DIMS, g)) / 12 for g in (0.0, 0.5)])  # phi on a constant member
+    torch.testing.assert_close(penalty[0], torch.zeros_like(penalty[0]))
+    phi = f(grid.reshape(-1, 1, 1).expand(-1, *DIMS)) / 12
+    x = torch.linspace(-3, 3, 12, dtype=torch.float64).reshape(DIMS)
+    for step in (1e-3, 0.2, 1.0, 3.0):
+        u = f.prox(x, step)
+        for at, found in zip(x.flatten(), u.flatten(), strict=True):
+            least = (phi + (grid - at) ** 2 / (2 * step)).min()
+            reached = f(found.expand(DIMS)) / 12 + (found - at) ** 2 / (2 * step)
+            assert reached <= least + 1e-12
+    assert torch.equal(f.prox(x, 0.0), x)
+    z = x * torch.exp(torch.tensor(0.7j))
+    torch.testing.assert_close(f.prox(z, 0.5), f.prox(x, 0.5) * torch.exp(torch.tensor(0.7j)))
 
 
 def test_weights_get_gradients():
@@ -137,13 +288,10 @@ def test_weights_get_gradients():
     assert torch.autograd.gradcheck(lambda lower: Box(lower, 1.0).prox(x, 0.7), (lower,))
 
 
-@pytest.mark.parametrize("name", ["SquaredL2", "SquaredL2 centre"])
-def test_grad_and_lipschitz(name):
-    f = 0.7 * FUNCTIONALS[name]()
+def test_grad_and_lipschitz():
+    f = 0.7 * SquaredL2(DIMS)
     x = randn(*DIMS).requires_grad_()
-    (g,) = torch.autograd.grad(f(x), x)
-    torch.testing.assert_close(f.grad(x), g)
-    assert f.lipschitz == 0.7
+    assert f.lipschitz == f.strong_convexity == 0.7
     composed = f @ Gradient((4,), kind="forward") if f.dims is None else (0.7 * SquaredL2()) @ Gradient(DIMS)
     (g,) = torch.autograd.grad(composed(x), x)
     torch.testing.assert_close(composed.grad(x), g)
@@ -155,51 +303,6 @@ def test_grad_of_a_norm_is_refused():
     with pytest.raises(NotDifferentiableError, match="not smooth"):
         L1().grad(randn(3))
     assert L1().lipschitz == float("inf")
-
-
-@pytest.mark.parametrize("isotropic", [True, False])
-@pytest.mark.parametrize("dims", [(12,), (6, 7), (3, 4, 5)])
-def test_tv_value_and_prox_against_smoothed_minimisation(dims, isotropic):
-    x, step = randn(*dims), 0.4
-    f = TV(dims, isotropic, maxiter=20000, rtol=1e-6)
-    steps = [torch.diff(x, dim=k, append=x.narrow(k, -1, 1)) for k in range(len(dims))]
-    magnitude = torch.stack(steps).norm(dim=0) if isotropic else torch.stack(steps).abs().sum(0)
-    torch.testing.assert_close(f(x), magnitude.sum())
-    u = x.clone().requires_grad_()
-    eps = 1e-5
-    optimizer = torch.optim.LBFGS(
-        [u], max_iter=1500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        g = f.operator(u)
-        size = (g.square().sum(0) + eps**2).sqrt() if isotropic else (g.square() + eps**2).sqrt()
-        loss = step * size.sum() + (u - x).square().sum() / 2
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    # The smoothed minimum is at most step * eps * (number of terms) higher, so within sqrt(2 * that) of the exact one.
-    assert (f.prox(x, step) - u.detach()).norm() < 1e-6 * x.norm() + (2 * step * eps * x.numel() * len(dims)) ** 0.5
-
-
-def test_tv_prox_error_is_below_rtol():
-    x = randn(3, 8, 9)
-    exact = TV((8, 9), maxiter=5000, rtol=1e-9).prox(x, 0.5)
-    for rtol in (1e-1, 1e-2, 1e-3):
-        u = TV((8, 9), maxiter=20000, rtol=rtol).prox(x, 0.5)
-        assert ((u - exact).norm(dim=(1, 2)) <= rtol * x.norm(dim=(1, 2))).all()
-
-
-def test_tv_structure():
-    f = 0.3 * TV((4, 5))
-    x = randn(2, 4, 5)
-    assert f.operator.dimsd == (2, 4, 5)
-    torch.testing.assert_close(f.outer(f.operator(x)), f(x))
-    torch.testing.assert_close(TV((4, 5), sampling=2.0)(x), TV((4, 5))(x) / 2)
-    shifted = TV((4, 5)).translate(x[0])
-    torch.testing.assert_close(shifted.outer(shifted.operator(x)), shifted(x))
 
 
 def test_values():
@@ -229,7 +332,7 @@ def test_combinations():
     with pytest.raises(ArgumentError, match=r"use pullback.pdhg or pullback.solve"):
         composed.prox(torch.ones(4, 5), 1.0)
     with pytest.raises(ArgumentError, match="no prox in closed form"):
-        (L1() + L2()).prox(torch.ones(3), 1.0)
+        (L1() + Linf()).prox(torch.ones(3), 1.0)
     zero = 0.0 * L21(axis=-1)
     x = randn(3)
     torch.testing.assert_close(zero.prox(x, 1.0), x)

@@ -5,6 +5,7 @@ They stay lazy and keep what is known about structure.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -150,6 +151,18 @@ class OperatorProduct(Composite):
         bounds = [p._norm_bound() for p in self._sequence()]
         return None if None in bounds else math.prod(b for b in bounds if b is not None)
 
+    def _coisometry(self) -> float | None:
+        return self._constant([p._coisometry() for p in self._sequence()])
+
+    def _isometry(self) -> float | None:
+        return self._constant([p._isometry() for p in self._sequence()])
+
+    def _constant(self, factors: list[float | None]) -> float | None:
+        parts = self._sequence()
+        # Where a real result goes on as complex, the inclusion is a factor of its own, and no coisometry.
+        fits = all(a._real_domain == b._real_range for a, b in itertools.pairwise(parts))
+        return math.prod(c for c in factors if c is not None) if fits and None not in factors else None
+
     def _expression(self, level: int = 0) -> str:
         text = " @ ".join(p._expression(2) for p in self._sequence())
         return f"({text})" if level > 2 else text
@@ -203,6 +216,17 @@ class Scaled(Composite):
         bound = op._norm_bound()
         return None if bound is None else float(abs(self.factor)) * bound
 
+    def _coisometry(self) -> float | None:
+        return self._constant(self._sequence()[0]._coisometry())
+
+    def _isometry(self) -> float | None:
+        return self._constant(self._sequence()[0]._isometry())
+
+    def _constant(self, c: float | None) -> float | None:
+        (op,) = self._sequence()
+        mixed = isinstance(self.factor, complex) and (not op._clinear or op._real_domain or op._real_range)
+        return None if c is None or mixed or isinstance(self.factor, Tensor) else abs(self.factor) ** 2 * c
+
     def _expression(self, level: int = 0) -> str:
         (op,) = self._sequence()
         if isinstance(self.factor, Tensor):
@@ -243,6 +267,12 @@ class Adjoint(Composite):
     def _norm_bound(self) -> float | None:
         return self._sequence()[0]._norm_bound()
 
+    def _coisometry(self) -> float | None:
+        return self._sequence()[0]._isometry()
+
+    def _isometry(self) -> float | None:
+        return self._sequence()[0]._coisometry()
+
     def _name(self, adjoint: bool) -> str:
         return self._sequence()[0]._name(not adjoint)
 
@@ -273,6 +303,12 @@ class Conjugate(Composite):
 
     def _norm_bound(self) -> float | None:
         return self._sequence()[0]._norm_bound()
+
+    def _coisometry(self) -> float | None:
+        return self._sequence()[0]._coisometry()
+
+    def _isometry(self) -> float | None:
+        return self._sequence()[0]._isometry()
 
     def _expression(self, level: int = 0) -> str:
         return f"{self._sequence()[0]._expression(3)}.conj()"

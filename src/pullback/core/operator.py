@@ -382,6 +382,15 @@ class LinearOperator(Operator):
         """An upper bound of the spectral norm from the structure, or None."""
         return None
 
+    def _coisometry(self) -> float | None:
+        """The number c with A A^H = c I, where the structure tells it; None otherwise."""
+        return None
+
+    def _isometry(self) -> float | None:
+        """The number c with A^H A = c I, where the structure tells it; None otherwise."""
+        same_space = self.shape[0] == self.shape[1] and self._real_domain == self._real_range
+        return self._coisometry() if same_space else None
+
     # Simplification: each returns the merged operator, or None where nothing better than the lazy form is known.
 
     def _compose_left(self, right: LinearOperator) -> LinearOperator | None:

@@ -1,9 +1,37 @@
-"""Functionals: value, prox, conjugate prox and gradient, one family a file."""
+"""Functionals: value, prox, conjugate prox, conjugate and gradient, one family a file."""
 
+from pullback.functionals.balls import L0Ball as L0Ball
+from pullback.functionals.balls import L1Ball as L1Ball
+from pullback.functionals.balls import L2Ball as L2Ball
+from pullback.functionals.balls import LinfBall as LinfBall
+from pullback.functionals.balls import Simplex as Simplex
 from pullback.functionals.base import Functional as Functional
+from pullback.functionals.constraints import AffineSet as AffineSet
 from pullback.functionals.constraints import Box as Box
+from pullback.functionals.constraints import HalfSpace as HalfSpace
+from pullback.functionals.constraints import Hyperplane as Hyperplane
+from pullback.functionals.misfits import Huber as Huber
+from pullback.functionals.misfits import KullbackLeibler as KullbackLeibler
 from pullback.functionals.norms import L1 as L1
 from pullback.functionals.norms import L2 as L2
 from pullback.functionals.norms import L21 as L21
-from pullback.functionals.norms import SquaredL2 as SquaredL2
+from pullback.functionals.norms import Linf as Linf
+from pullback.functionals.penalties import ETP as ETP
+from pullback.functionals.penalties import L0 as L0
+from pullback.functionals.penalties import MCP as MCP
+from pullback.functionals.penalties import SCAD as SCAD
+from pullback.functionals.penalties import Geman as Geman
+from pullback.functionals.penalties import Lhalf as Lhalf
+from pullback.functionals.penalties import Log as Log
+from pullback.functionals.penalties import Lp as Lp
+from pullback.functionals.quadratic import LeastSquares as LeastSquares
+from pullback.functionals.quadratic import Quadratic as Quadratic
+from pullback.functionals.quadratic import SquaredL2 as SquaredL2
+from pullback.functionals.quadratic import ZeroFunctional as ZeroFunctional
+from pullback.functionals.spectral import Nuclear as Nuclear
+from pullback.functionals.spectral import NuclearBall as NuclearBall
+from pullback.functionals.spectral import Rank as Rank
+from pullback.functionals.stack import Stack as Stack
+from pullback.functionals.tgv import TGV as TGV
 from pullback.functionals.variation import TV as TV
+from pullback.functionals.wavelet import WaveletL1 as WaveletL1

@@ -39,3 +39,41 @@ def is_live(*values: Any) -> bool:
     return torch.compiler.is_compiling() or any(
         isinstance(v, Tensor) and (autograd.is_live(v) or not autograd.is_eager(v)) for v in values
     )
+
+
+def member(c: Any, n: int) -> Any:
+    """What `lift` undoes: a number for each batch member, without the n axes of the members."""
+    return c.reshape(c.shape[: c.ndim - n]) if isinstance(c, Tensor) and c.ndim else c
+
+
+def inner(x: Tensor, y: Tensor, n: int) -> Tensor:
+    """Re <x, y> over the last n axes, for tensors that broadcast."""
+    product = x.conj() * y if x.is_complex() or y.is_complex() else x * y
+    return total(product.real if product.is_complex() else product, n)
+
+
+def squares(x: Tensor) -> Tensor:
+    """|x_i|^2."""
+    return (x.conj() * x).real if x.is_complex() else x * x
+
+
+def root(x: Tensor) -> Tensor:
+    """sqrt, with all derivatives zero at zero."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
+
+
+def norm(x: Tensor, n: int) -> Tensor:
+    """|x|_2 over the last n axes, which are kept."""
+    return root(squares(x).sum(tuple(range(-n, 0)), keepdim=True) if n else squares(x))
+
+
+def indicator(inside: Tensor, like: Tensor) -> Tensor:
+    """Zero where `inside`, inf elsewhere, in the precision of `like`."""
+    dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+    return torch.zeros(inside.shape, dtype=dtype, device=inside.device).masked_fill(~inside, torch.inf)
+
+
+def slack(x: Tensor) -> float:
+    """What rounding may do to a number that lies on a boundary, in relative terms."""
+    return 100 * torch.finfo(x.dtype).eps

@@ -44,6 +44,12 @@ class Identity(LinearOperator):
     def _norm_bound(self) -> float:
         return 1.0
 
+    def _coisometry(self) -> float | None:
+        return 1.0 if self.shape[0] <= self.shape[1] else None
+
+    def _isometry(self) -> float | None:
+        return 1.0 if self.shape[0] >= self.shape[1] else None
+
     def _is_square(self) -> bool:
         return self.dims == self.dimsd
 
@@ -238,6 +244,9 @@ class Restriction(LinearOperator):
     def _norm_bound(self) -> float:
         return float(self._repeats**0.5)
 
+    def _coisometry(self) -> float | None:
+        return 1.0 if self._repeats == 1 else None
+
     @classmethod
     def examples(cls) -> Iterator[LinearOperator]:
         """Ordered, repeated, along the first axis."""
@@ -279,6 +288,12 @@ class Pad(LinearOperator):
     def _norm_bound(self) -> float:
         return 1.0
 
+    def _isometry(self) -> float:
+        return 1.0
+
+    def _coisometry(self) -> float | None:
+        return 1.0 if self.dims == self.dimsd else None
+
     @classmethod
     def examples(cls) -> Iterator[LinearOperator]:
         """One and two axes."""
@@ -308,6 +323,9 @@ class Flip(LinearOperator):
         return self._forward(y)
 
     def _norm_bound(self) -> float:
+        return 1.0
+
+    def _coisometry(self) -> float:
         return 1.0
 
     @classmethod
@@ -341,6 +359,9 @@ class Roll(LinearOperator):
         return y.roll(-self.shift, self.axis)
 
     def _norm_bound(self) -> float:
+        return 1.0
+
+    def _coisometry(self) -> float:
         return 1.0
 
     @classmethod
@@ -387,6 +408,9 @@ class Transpose(LinearOperator):
         return self._permute(y, self._back)
 
     def _norm_bound(self) -> float:
+        return 1.0
+
+    def _coisometry(self) -> float:
         return 1.0
 
     @classmethod
@@ -485,6 +509,9 @@ class _RealLinear(LinearOperator):
         super().__init__(dims, dtype="complex128" if dtype is None else dtype)
 
     def _norm_bound(self) -> float:
+        return 1.0
+
+    def _coisometry(self) -> float:
         return 1.0
 
     @classmethod

@@ -169,6 +169,16 @@ class FFTND(LinearOperator):
         root = math.sqrt(math.prod(self.nffts))
         return {"ortho": 1.0, "none": root, "1/n": 1 / root}[self.norm_kind]
 
+    def _coisometry(self) -> float | None:
+        return self._constant(all(n <= self.dims[a] for a, n in zip(self.axes, self.nffts, strict=True)))
+
+    def _isometry(self) -> float | None:
+        return self._constant(all(n >= self.dims[a] for a, n in zip(self.axes, self.nffts, strict=True)))
+
+    def _constant(self, fits: bool) -> float | None:
+        n = math.prod(self.nffts)
+        return {"ortho": 1.0, "none": float(n), "1/n": 1 / n}[self.norm_kind] if fits and not self.real else None
+
     def extra_repr(self) -> str:
         """Shapes, kind, axes and norm."""
         kind = "real" if self.real else "complex"
