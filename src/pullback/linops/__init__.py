@@ -29,6 +29,9 @@ from pullback.linops.fourier import FFTND as FFTND
 from pullback.linops.interp import Bilinear as Bilinear
 from pullback.linops.interp import Interp as Interp
 from pullback.linops.matrix import MatrixMult as MatrixMult
+from pullback.linops.random import RandomProjection as RandomProjection
+from pullback.linops.random import distortion as distortion
+from pullback.linops.random import projection_dimension as projection_dimension
 from pullback.linops.smoothing import Smoothing1D as Smoothing1D
 from pullback.linops.smoothing import Smoothing2D as Smoothing2D
 from pullback.linops.smoothing import SmoothingND as SmoothingND
@@ -37,3 +40,7 @@ from pullback.linops.stack import BlockDiag as BlockDiag
 from pullback.linops.stack import HStack as HStack
 from pullback.linops.stack import Kronecker as Kronecker
 from pullback.linops.stack import VStack as VStack
+from pullback.linops.toeplitz import Toeplitz as Toeplitz
+from pullback.linops.wavelet import DWT as DWT
+from pullback.linops.wavelet import DWT2D as DWT2D
+from pullback.linops.wavelet import DWTND as DWTND
