@@ -358,7 +358,7 @@ def test_cg_breaks_down_on_an_indefinite_operator():
         torch.tensor([0.1, 1, 0.1]).double(),
     )
     assert s.status is Status.BREAKDOWN
-    assert "use cgls or lsqr" in str(s.status)
+    assert "use cgls" in str(s.status)
     assert torch.isfinite(s.x).all()
 
 
@@ -465,8 +465,8 @@ def test_solve_says_what_it_chose():
         (0.49 * SquaredL2(), "Tikhonov"),
         (0.3 * L1(), "fista: 0.3 \\* L1"),
         ([0.3 * L1(), Box(0, None)], "fista"),
-        (0.3 * TV(N), "pdhg: 0.3 \\* TV"),
-        (0.1 * TV(N) + Box(0, 1), "pdhg"),
+        (0.3 * TV(N), "admm: 0.3 \\* TV"),
+        (0.1 * TV(N) + Box(0, 1), "admm"),
     ]
     for regularizer, text in cases:
         s = solve(A, y, regularizer, maxiter=3000, rtol=1e-6)

@@ -33,7 +33,7 @@ from pullback.kernels.task import event_rank, task
 _watch = threading.local()  # .found: a list that receives the SolveInfo of the solves in this thread
 
 
-class System:
+class System(maps.Map):
     """x = (alpha I + K)^-1 b as a `core.maps.Map` of (b, alpha, tensors of K): its derivatives are again solves.
 
     For x = A^-1 b with A symmetric: dx = A^-1 (db - dA x), so one more solve w = A^-1 g gives all gradients: w for b,

@@ -27,12 +27,11 @@ class Shifted:
         damp = problem.number(problem.parts["damp"], "damp")
         self.is_plain = isinstance(damp, float) and damp == 0
         self.damp = problem.x_scalar(damp)
-        self.forward = problem.forward
         self.precondition: Apply | None = applied(problem.parts.get("preconditioner"))
 
     def __call__(self, v: Tensor) -> Tensor:
         """Free to be overwritten."""
-        q = self.forward(v)
+        q = self.problem.forward(v)
         return q if self.is_plain else add_scaled(q, self.damp, v, self.problem.own(q))
 
     def start(self) -> tuple[Tensor, Tensor]:

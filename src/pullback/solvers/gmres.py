@@ -15,7 +15,7 @@ from pullback.solvers.cg import Shifted, shifted, square_problem
 from pullback.solvers.iterate import code
 from pullback.solvers.problem import Problem, length, norm
 from pullback.solvers.run import Options, run
-from pullback.solvers.scalars import Number
+from pullback.solvers.scalars import Number, ratio
 from pullback.solvers.status import Solution, Status
 
 _LOST = 0.7  # a vector that lost more of its length by projection is projected once more (Daniel et al. 1976)
@@ -24,6 +24,7 @@ _LOST = 0.7  # a vector that lost more of its length by projection is projected 
 class _State:
     """The Krylov basis of a cycle. x is formed from it where somebody looks."""
 
+    monotone = True  # the residual never grows
     __slots__ = ("__dict__", "algorithm")  # `vars(state)` is what a checkpoint keeps
 
     def __init__(self, algorithm: GMRES, base: Tensor, error: Number, scale: Number) -> None:
@@ -33,7 +34,8 @@ class _State:
         self.values = {"residual": error}
         self.count = 0  # columns of the triangular factor
         self.basis: Tensor = base  # (*batch, count + 1 or more, n)
-        self.factor: Any = None  # the triangular factor: (restart, restart), or its columns one by one
+        self.factor: Any = None  # the triangular factor, (*batch, restart, restart)
+        self.columns: list[Tensor] = []  # the same where derivatives forbid to write into it
         self.rotations: Any = None  # (cosines, sines), or their product of shape (*batch, count + 1, count + 1)
         self.targets: Any = None  # the rotated right-hand side: numbers, or |r| of the start, shape (*batch, 1)
 
@@ -51,7 +53,7 @@ class GMRES:
         self.shifted = Shifted(problem)
         self.precondition = self.shifted.precondition
         self.shape = (*problem.batch, *problem.A.dims)
-        self.n = size(problem.A.dims)
+        self.n, self.is_complex = size(problem.A.dims), problem.x_dtype.is_complex
 
     def init(self) -> _State:
         """x0 and its residual."""
@@ -80,9 +82,9 @@ class GMRES:
             state.basis = first
         else:
             if state.factor is None:
-                state.basis = r.new_empty(*pb.batch, m + 1, self.n)
+                state.basis, state.factor = r.new_empty(*pb.batch, m + 1, self.n), r.new_zeros(*pb.batch, m, m)
             state.basis[..., :1, :] = first
-        state.factor, state.rotations, state.targets = [], torch.ones_like(first[..., :1]), size_
+        state.columns, state.rotations, state.targets = [], torch.ones_like(first[..., :1]), size_
 
     def step(self, state: _State) -> None:
         """One application of A and of the preconditioner; a new cycle after `restart` of them."""
@@ -91,26 +93,26 @@ class GMRES:
             state.base = state.x
             r = self.shifted(state.base)
             self._begin(state, torch.sub(pb.y, r, out=pb.own(r)))
-        v = state.basis[..., state.count, :].reshape(self.shape)
+        v = (state.basis[state.count] if pb.single else state.basis[..., state.count, :]).view(self.shape)
         w = self.shifted(v if self.precondition is None else self.precondition(v))
         (self._extend_single if pb.single else self._extend)(state, w.reshape(*pb.batch, self.n))
         state.values = {"residual": state.error}
 
+    def _project(self, basis: Tensor, w: Tensor) -> tuple[list[Any], float]:
+        """Take the components in the basis off w; return them, and what length is left."""
+        c = torch.mv(basis, w.conj().resolve_conj()).conj() if self.is_complex else torch.mv(basis, w)
+        w.addmv_(basis.T, c, alpha=-1)
+        return c.tolist(), self.problem.norm(w, 1)
+
     def _extend_single(self, state: _State, w: Tensor) -> None:
         pb, k = self.problem, state.count
         basis = state.basis[: k + 1]
-        h, total2 = [], 0.0
-        for last in (False, True):
-            c = torch.mv(basis, w.conj().resolve_conj()).conj() if w.is_complex() else torch.mv(basis, w)
-            w.addmv_(basis.T, c, alpha=-1)
-            new = c.tolist()
-            h = [a + b for a, b in zip(h, new, strict=True)] if last else new
-            after = pb.norm(w, 1)
-            if not last:
-                total2 = sum([abs(a) ** 2 for a in h]) + after * after
-            if after * after >= _LOST * _LOST * total2:
-                break
-        tiny = 4 * pb.eps * math.sqrt(total2)
+        h, after = self._project(basis, w)
+        total = math.hypot(after, *(map(abs, h) if self.is_complex else h))
+        if after < _LOST * total:
+            more, after = self._project(basis, w)
+            h = [a + b for a, b in zip(h, more, strict=True)]
+        tiny = 4 * pb.eps * total
         after = 0.0 if after <= tiny else after
         torch.mul(w, 1 / after if after else 0.0, out=state.basis[k + 1])
         cosines, sines = state.rotations
@@ -141,33 +143,39 @@ class GMRES:
         basis = state.basis[..., : k + 1, :]
         h: Any = 0.0
         for _ in range(2):  # twice is enough
-            c = (basis @ w.conj().unsqueeze(-1)).conj()
-            w = w - (c.mT @ basis).squeeze(-2)
-            h = h + c.squeeze(-1)
+            # (Rows times matrices: a matrix times a column takes torch four times as long in a batch.)
+            c = ((w.conj() if self.is_complex else w).unsqueeze(-2) @ basis.mT).conj()
+            w = w - (c @ basis).squeeze(-2)
+            h = h + c
         after = length(w, 1, pb.live).unsqueeze(-1)
         with torch.no_grad():
-            total = torch.hypot(norm(h, 1).unsqueeze(-1), after)
+            total = torch.hypot(norm(h, 1), after)
             tiny = 4 * pb.eps * total
             ended = after <= tiny
-        after = torch.where(ended, 0, after)
-        v = torch.where(ended, 0, w / torch.where(ended, 1, after)).unsqueeze(-2)
+        after = after.masked_fill(ended, 0)
+        v = (w * ratio(1.0, after, pb.live)).unsqueeze(-2)
         if pb.live:
             state.basis = torch.cat((state.basis, v), -2)
         else:
             state.basis[..., k + 1 : k + 2, :] = v
         Q = state.rotations
-        u = (Q @ h.unsqueeze(-1)).squeeze(-1)
+        u = (h @ Q.mT).squeeze(-2)
         a = u[..., -1:]
         squares = (a * a.conj()).real if a.is_complex() else a * a
         with torch.no_grad():
             stuck = squares.sqrt().hypot(after) <= tiny
         fresh = (squares == 0) | stuck
-        magnitude = torch.where(fresh, 0, torch.where(fresh, 1, squares).sqrt())
-        phase = torch.where(fresh, 1, a / torch.where(fresh, 1, magnitude))
+        magnitude = squares.masked_fill(fresh, 1).sqrt()
+        phase = (a / magnitude).masked_fill(fresh, 1)
         # A column that brings nothing new gets weight 0 and leaves the residual as it is.
-        diagonal = torch.where(stuck, 1, (magnitude * magnitude + after * after).where(~stuck, 1).sqrt())
-        cosine, sine = torch.where(stuck, 0, magnitude / diagonal), torch.where(stuck, 1, phase * (after / diagonal))
-        state.factor.append(torch.cat((u[..., :-1], phase * diagonal), -1))
+        diagonal = (squares + after * after).masked_fill(stuck, 1).sqrt()
+        cosine = (magnitude / diagonal).masked_fill(fresh, 0)
+        sine = (phase * (after / diagonal)).masked_fill(stuck, 1)
+        if pb.live:
+            state.columns.append(torch.cat((u[..., :-1], phase * diagonal), -1))
+        else:
+            state.factor[..., :k, k] = u[..., :-1]
+            state.factor[..., k][..., k : k + 1] = phase * diagonal
         q = Q[..., -1:, :]
         c, s = cosine.unsqueeze(-1), sine.unsqueeze(-1)
         above = torch.nn.functional.pad(Q[..., :-1, :], (0, 1))
@@ -180,7 +188,7 @@ class GMRES:
             state.verdict = torch.where(stuck.squeeze(-1), code(Status.BREAKDOWN), verdict)
 
     def form(self, state: _State) -> Tensor:
-        """x = base + P V R^-1 g."""
+        """The iterate x = base + P V R^-1 g."""
         k, basis = state.count, state.basis
         if k == 0:
             return state.base
@@ -189,8 +197,11 @@ class GMRES:
             weights = torch.linalg.solve_triangular(state.factor[:k, :k], g.unsqueeze(-1), upper=True).squeeze(-1)
             step = torch.mv(basis[:k].T, weights)
         else:
-            pad = torch.nn.functional.pad
-            R = torch.stack([pad(column, (0, k - column.shape[-1])) for column in state.factor], -1)
+            if self.problem.live:
+                pad = torch.nn.functional.pad
+                R = torch.stack([pad(column, (0, k - column.shape[-1])) for column in state.columns], -1)
+            else:
+                R = state.factor[..., :k, :k]
             g = state.rotations[..., :k, :1] * state.targets.unsqueeze(-1)
             weights = torch.linalg.solve_triangular(R, g, upper=True)
             step = (weights.mT @ basis[..., :k, :]).squeeze(-2)

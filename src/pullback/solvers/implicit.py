@@ -28,9 +28,9 @@ from pullback.solvers.status import AccuracyWarning, AdjointSolve, ConvergenceEr
 _numbers = itertools.count()
 
 HIDDEN = (
-    "{owner}: the equation depends on a tensor that requires grad but that neither the operator, the functionals nor the "
-    "arguments hold, so its gradient would be lost; assign the tensor as an attribute of the operator (or functional), "
-    "pass it among the parameters of a function, or use unroll=True"
+    "{owner}: the equation depends on a tensor that requires grad but that neither the operator, the functionals nor "
+    "the arguments hold, so its gradient would be lost; assign the tensor as an attribute of the operator (or "
+    "functional), pass it among the parameters of a function, or use unroll=True"
 )
 
 

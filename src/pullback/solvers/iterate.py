@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -35,8 +35,10 @@ class State:
         values: what goes into the history.
         iteration: how many iterations have been done.
         verdict: codes of members that the algorithm itself declares finished (0: none), or None.
+        monotone: the last finite x is as good as any before, so that none needs to be kept.
     """
 
+    monotone: ClassVar[bool] = False
     x: torch.Tensor
     error: Number
     scale: Number

@@ -42,7 +42,7 @@ class Single:
         elif verdict:
             self.code = int(verdict)
         else:
-            if error < _HALVED * self.least:
+            if error < _HALVED * self.least and not state.monotone:
                 self.good, self.least = state.x.clone(), error
             return False
         return True
@@ -57,9 +57,11 @@ class Single:
 
     def result(self, state: Any) -> Tensor:
         """x, or a good iterate if it diverged."""
-        if self.code in (_DIVERGED, _NOT_FINITE):
+        if self.code == _NOT_FINITE:
             return self.good
         x: Tensor = state.x
+        if self.code == _DIVERGED and not (state.monotone and bool(torch.isfinite(x).all())):
+            return self.good
         return x
 
     def solution(self, problem: Problem, x: Any, records: list[dict[str, Number]]) -> Solution:
@@ -108,7 +110,7 @@ class Batch:
                 found = torch.where(known, state.verdict, found)
             self._stop(state, newly, found)
         finished = bool((self.codes != 0).all())
-        if not finished:
+        if not finished and not state.monotone:
             better = (error < _HALVED * self.least) & (self.codes == 0)
             if bool(better.any()):
                 self.least = torch.where(better, error, self.least)
@@ -119,8 +121,15 @@ class Batch:
         self.codes.copy_(torch.where(members, found, self.codes))
         self.counts = torch.where(members, state.iteration, self.counts)
         lift = self.problem.x_scalar
-        x = torch.where(lift(members & (self.codes == _DIVERGED)), self.good, state.x)
-        self.kept = x if self.kept is None else torch.where(lift(members), x, self.kept)
+        bad = members & (self.codes == _DIVERGED)
+        x = state.x
+        if bool(bad.any()):
+            good = torch.where(torch.isfinite(x), x, self.good) if state.monotone else self.good
+            x = torch.where(lift(bad), good, x)
+        if self.kept is None:  # x is overwritten while others go on
+            self.kept = x.clone() if x is state.x and not bool((self.codes != 0).all()) else x
+        else:
+            self.kept = torch.where(lift(members), x, self.kept)
 
     def end(self, state: Any, status: Status) -> None:
         """Stop the members that still run."""
@@ -137,7 +146,7 @@ class Batch:
     def solution(self, problem: Problem, x: Any, records: list[dict[str, Number]]) -> Solution:
         """The result as the user gets it."""
         counts = self.counts
-        iterations = int(counts.max())
+        iterations = int(counts.max()) if counts.numel() else 0
         last = torch.minimum(
             torch.arange(iterations + 1, device=counts.device).reshape(-1, *(1,) * counts.ndim), counts
         )
@@ -148,7 +157,7 @@ class Batch:
             if problem.is_numpy:
                 history[name] = history[name].cpu().numpy()
         found = [CODES[c] for c in self.codes.flatten().tolist()]
-        worst = CODES[max(map(CODES.index, found))]
+        worst = CODES[max(map(CODES.index, found), default=CODES.index(Status.CONVERGED))]
         return Solution(x, worst, iterations, history, problem.owner, tuple(found), counts)
 
 

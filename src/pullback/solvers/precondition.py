@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from pullback.core.algebra import Adjoint
 from pullback.core.errors import ArgumentError, ShapeError
 from pullback.core.interop import as_tensor, device_of, is_scalar
 from pullback.core.operator import LinearOperator, OperatorLike
-from pullback.core.shapes import size
 from pullback.core.spectrum import probe_dtype
 from pullback.linops import Diagonal, MatrixMult
 
@@ -45,7 +45,7 @@ def as_preconditioner(owner: str, value: Any, dims: tuple[int, ...]) -> Any:
 
 
 def applied(preconditioner: Any) -> Apply | None:
-    """r -> P r, never in the memory of r."""
+    """The function r -> P r, whose result never lies in the memory of r."""
     if preconditioner is None:
         return None
     if isinstance(preconditioner, LinearOperator):
@@ -132,9 +132,7 @@ class JacobiPreconditioner(LinearOperator):
             else:
                 d = as_tensor(diagonal, "diagonal", "JacobiPreconditioner").detach()
                 if tuple(d.shape) != A.dims:
-                    raise ShapeError(
-                        f"JacobiPreconditioner: diagonal must have shape {A.dims}; got {tuple(d.shape)}"
-                    )
+                    raise ShapeError(f"JacobiPreconditioner: diagonal must have shape {A.dims}; got {tuple(d.shape)}")
             d = d + shift
             magnitude = d.abs()
             d = magnitude if positive else d
@@ -260,12 +258,13 @@ class NystromPreconditioner(LinearOperator):
             self.change = bottom[-1] / bottom - 1
 
     def _forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(x.ndim - len(self.dims))
+        batch = x.shape[: x.ndim - len(self.dims)]
         U = self._cast(self.U, x)
-        flat, U = flat.to(torch.promote_types(flat.dtype, U.dtype)), U.to(torch.promote_types(flat.dtype, U.dtype))
+        dtype = torch.promote_types(x.dtype, U.dtype)
+        flat, U = x.reshape(*batch, 1, -1).to(dtype), U.to(dtype)
         inner = flat @ U.conj()
         y = flat + (inner * self._cast(self.change, x)) @ U.mT
-        return y.reshape(*x.shape[: x.ndim - len(self.dims)], *self.dims)
+        return y.reshape(*batch, *self.dims)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         return self._forward(y)
@@ -282,8 +281,7 @@ class NystromPreconditioner(LinearOperator):
 def _nystrom(A: LinearOperator, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """The eigenvalues, falling, of shape (rank,), and eigenvectors, (n, rank)."""
     n, dtype = A.shape[0], probe_dtype(A)
-    generator = torch.Generator().manual_seed(seed)
-    test = torch.linalg.qr(torch.randn(n, rank, dtype=dtype, generator=generator).to(device_of(A))).Q
+    test = torch.linalg.qr(_normal((n, rank), seed, dtype, device_of(A))).Q
     image = A(test.mT.reshape(rank, *A.dims)).reshape(rank, n).mT
     # The shift keeps the small matrix positive definite in spite of rounding; it is taken off at the end.
     shift = torch.finfo(image.dtype).eps * n**0.5 * torch.linalg.matrix_norm(image)
@@ -293,6 +291,13 @@ def _nystrom(A: LinearOperator, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     half = image @ (vectors * values.clamp(min=shift).rsqrt())
     U, s, _ = torch.linalg.svd(half, full_matrices=False)
     return (s.square() - shift).clamp(min=0), U
+
+
+def _normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal numbers, not drawn by torch, whose generators refuse to work within vmap."""
+    draw = np.random.default_rng(seed).standard_normal((*shape, 2) if dtype.is_complex else shape)
+    t = torch.from_numpy(draw)
+    return (torch.view_as_complex(t) if dtype.is_complex else t).to(device=device, dtype=dtype)
 
 
 def _square(owner: str, A: Any) -> LinearOperator:
@@ -315,7 +320,7 @@ def _shift(owner: str, damp: Any) -> Any:
 
 
 def _diagonal(A: LinearOperator, probes: int | None, seed: int) -> Tensor:
-    """diag A, of shape A.dims."""
+    """The diagonal of A, of shape A.dims."""
     if isinstance(A, Diagonal):
         return A.diag.detach().expand(A.dims)
     if isinstance(A, MatrixMult) and not A.is_sparse:
@@ -323,8 +328,7 @@ def _diagonal(A: LinearOperator, probes: int | None, seed: int) -> Tensor:
         return d.reshape(-1, *(1,) * (len(A.dims) - 1)).expand(A.dims)
     n, dtype, device = A.shape[0], probe_dtype(A), device_of(A)
     if probes is not None:
-        generator = torch.Generator().manual_seed(seed)
-        z = (2 * torch.randint(0, 2, (probes, *A.dims), generator=generator) - 1).to(device=device, dtype=dtype)
+        z = _normal((probes, *A.dims), seed, torch.float64, device).sign().to(dtype)
         return (z * A(z)).mean(0)
     if n > _PROBED:
         raise ArgumentError(

