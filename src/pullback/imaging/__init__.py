@@ -2,6 +2,7 @@
 
 from pullback.imaging.calibrate import Calibration as Calibration
 from pullback.imaging.calibrate import calibrate as calibrate
+from pullback.imaging.dncnn import DnCNN as DnCNN
 from pullback.imaging.fbp import fbp as fbp
 from pullback.imaging.metrics import psnr as psnr
 from pullback.imaging.metrics import rmse as rmse

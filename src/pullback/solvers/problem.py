@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,8 @@ class Problem:
         self.live = is_live(*held)
         self.single = not self.batch and not self.live and self.y.device.type == "cpu"
         # `_run` skips the checks of a call, and the copy that protects the input of operators which may return it.
-        self.forward = self.A if self.A._aliases else self.A._run
-        self.backward = self.adjoint if self.adjoint._aliases else self.adjoint._run
+        self.forward: Callable[[Tensor], Tensor] = self.A if self.A._aliases else self.A._run
+        self.backward: Callable[[Tensor], Tensor] = self.adjoint if self.adjoint._aliases else self.adjoint._run
 
     def own(self, t: Tensor) -> Tensor | None:
         """Where to write a result that replaces t: t itself, or nowhere if derivatives may be asked for."""
