@@ -114,10 +114,10 @@ def test_a_dual_start_saves_iterations(fast, monkeypatch):
     step = torch.tensor([0.5, 1.0], dtype=torch.float64).reshape(2, 1, 1)
     exact = TV((128, 130), maxiter=1500, rtol=0)._prox(x, step, 2)
     f = 1.0 * TV((128, 130), maxiter=20, rtol=0).translate(torch.zeros(128, 130))
-    u, dual = f._prox_from(x, step, 2)
+    u, dual, _ = f._prox_from(x, step, 2)
     for _ in range(10):
         before = dual.clone()
-        v, new = f._prox_from(x, step, 2, dual)
+        v, new, _ = f._prox_from(x, step, 2, dual)
         assert torch.equal(dual, before)
         dual = new
     assert (v - exact).norm() < 0.25 * (u - exact).norm()

@@ -12,7 +12,7 @@ import typer
 from pullback.cli import demo as demonstration
 from pullback.cli.job import Settings, run_job
 from pullback.core.errors import ArgumentError
-from pullback.imaging.reconstruct import FILTERS, MAXITER, METHODS
+from pullback.imaging.reconstruct import FILTERS, METHODS
 
 app = typer.Typer(
     add_completion=False,
@@ -60,7 +60,7 @@ def _options(
 def reconstruct(
     file: Annotated[Path, typer.Argument(help="Data Exchange HDF5 (.h5 .hdf .hdf5 .nxs), .npz or .npy sinograms.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run resumes in it.")],
-    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "fista-tv",
+    method: Annotated[str, typer.Option(help=" | ".join(METHODS) + " (-tv may be left away)")] = "fista-tv",
     calibrate: Annotated[str, typer.Option(help="What to find from the data: center, angles or center,angles.")] = "",
     slices: Annotated[str, typer.Option(help="Slices a:b (b excluded), a:b:step or one index; all by default.")] = "",
     angles: Annotated[
@@ -73,7 +73,7 @@ def reconstruct(
     pixel_size: Annotated[float | None, typer.Option(help="Edge of an image pixel; the detector spacing.")] = None,
     size: Annotated[int | None, typer.Option(help="Pixels along each edge of the image; the detector's width.")] = None,
     maxiter: Annotated[
-        int | None, typer.Option(help="Iterations; " + ", ".join(f"{k} {v}" for k, v in MAXITER.items() if v) + ".")
+        int | None, typer.Option(help="Iterations; each method has its default, 100 for fista-tv, 20 for cgls.")
     ] = None,
     weight: Annotated[float | None, typer.Option(help="Weight of the total variation; from the noise.")] = None,
     filter: Annotated[str, typer.Option(help="Of fbp: " + " | ".join(FILTERS))] = "ramp",

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pullback.cli.store import Store
 from pullback.core.errors import ArgumentError, FileFormatError
 from pullback.imaging.calibrate import PARAMETERS, Calibration, calibrate
 from pullback.imaging.fbp import fbp
-from pullback.imaging.reconstruct import check_method, reconstruct, relative_residual, tv_weight
+from pullback.imaging.reconstruct import METHODS, check_method, reconstruct, relative_residual, tv_weight
 from pullback.imaging.xray import XRayTransform
 from pullback.io import SinogramFile, open_sinogram, parse_angles, write_json, write_png, write_text, write_volume
 
@@ -77,6 +77,8 @@ def run_job(settings: Settings, out: Path, force: bool = False) -> list[str]:
     Raises: ArgumentError, FileFormatError; KeyboardInterrupt after saying how to resume.
     """
     settings.check()
+    name = check_method(settings.method, settings.weight, settings.maxiter, settings.filter)
+    settings = replace(settings, method=name)
     angles = parse_angles(settings.angles) if settings.angles else None
     source = open_sinogram(settings.file, angles)
     try:
@@ -177,7 +179,7 @@ class _Job:
                     y, self.angles, center=self.center, parameters=self.settings.calibrate, callback=show
                 )
         weight = self.settings.weight
-        if weight is None and self.settings.method.endswith("-tv"):
+        if weight is None and METHODS[self.settings.method].is_tv:
             weight = tv_weight(self._operator(result), self._sinogram(self._middle))
         return {
             "calibration": None if result is None else _calibration_to(result),
@@ -200,7 +202,9 @@ class _Job:
                     continue
                 begin = time.perf_counter()
                 s = self.settings
-                result = reconstruct(A, self._sinogram(i), s.method, weight=weight, maxiter=s.maxiter, filter=s.filter)
+                result = reconstruct(
+                    A, self._sinogram(i), s.method, weight=weight, maxiter=s.maxiter, filter=s.filter, progress=True
+                )
                 numbers = {
                     "slice": i,
                     "residual": result.residual,

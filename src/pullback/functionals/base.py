@@ -41,8 +41,9 @@ class Scaled(Functional):
     def _prox_over(self, x: Tensor, step: Step, n: int) -> Tensor:
         return self.f._prox_over(x, step * self._c(x, n), n)
 
-    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any]:
-        return self.f._prox_from(x, step * self._c(x, n), n, dual)
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
+        u, dual, value = self.f._prox_from(x, step * self._c(x, n), n, dual)
+        return u, dual, None if value is None else self._c(x, 0) * value
 
     def _conjugate_prox(self, x: Tensor, step: Step, n: int, scale: Step = 1.0) -> Tensor:
         return self.f._conjugate_prox(x, step, n, scale * self._c(x, n))
@@ -118,10 +119,10 @@ class Translated(Functional):
         # f(. - b)^*(u) = f^*(u) + Re<b, u>
         return self.f._conjugate_prox(x - step * point_like(self.shift, x), step, n, scale)
 
-    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any]:
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
         shift = point_like(self.shift, x)
-        u, dual = self.f._prox_from(x - shift, step, n, dual)
-        return shift + u, dual
+        u, dual, value = self.f._prox_from(x - shift, step, n, dual)
+        return shift + u, dual, value
 
     def _conjugate_value(self, x: Tensor, n: int, scale: Step = 1.0) -> Tensor:
         return self.f._conjugate_value(x, n, scale) + inner(point_like(self.shift, x).expand_as(x), x, n)
@@ -218,11 +219,11 @@ class Sum(Functional):
             u = t._prox(u, step, n) if u is x else t._prox_over(u, step, n)
         return u
 
-    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any]:
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
         rest = self._rest()
         if len(rest) != 1:
             return super()._prox_from(x, step, n, dual)
-        return rest[0]._prox_from(*self._absorb(x, step, n), n, dual)
+        return *rest[0]._prox_from(*self._absorb(x, step, n), n, dual)[:2], None
 
     def _conjugate_value(self, x: Tensor, n: int, scale: Step = 1.0) -> Tensor:
         # The supremum is attained where the prox of the rest lies, if there is a quadratic.
@@ -302,10 +303,19 @@ class Composed(Functional):
     def _prox(self, x: Tensor, step: Step, n: int) -> Tensor:
         if not self._tight:
             return super()._prox(x, step, n)
-        m = len(self.op.dimsd)
+        return self._prox_from(x, step, n)[0]
+
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
+        if not self._tight:
+            return self._prox(x, step, n), None, None
+        m, c = len(self.op.dimsd), self._tight
+        inner_step = lift(member(step, n), m) * c
         y = self.op._run(x)
-        moved = self.g._prox(y, lift(member(step, n), m) * self._tight, m) - y
-        return x + pull(self.op, moved, x) / self._tight
+        p = self.g._prox(y, inner_step, m)
+        whole = self.op._isometry() is not None  # then x = K^H K x / c
+        u = pull(self.op, p if whole else p - y, x)
+        u = u if c == 1 else u / c
+        return (u if whole else x + u), None, self.g._value(p, m)  # K u = p
 
     def _conjugate_value(self, x: Tensor, n: int, scale: Step = 1.0) -> Tensor:
         # inf {g^*(v) : K^H v = x}; v = K x / c is the only candidate.

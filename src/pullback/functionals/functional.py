@@ -68,9 +68,12 @@ class Functional(torch.nn.Module):
         """The prox of step (scale f)^*, by Moreau: x - step prox_{(scale / step) f}(x / step)."""
         return x - step * self._prox(x / step, scale / step, n)
 
-    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any]:
-        """The prox and what the next call may start from, for solvers whose steps and points change little."""
-        return self._prox(x, step, n), None
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
+        """The prox u, what the next call may start from, and f(u) where it costs little; x may be overwritten.
+
+        For solvers whose steps and points change little from one call to the next.
+        """
+        return self._prox_over(x, step, n), None, None
 
     def _conjugate_value(self, x: Tensor, n: int, scale: Step = 1.0) -> Tensor:
         """(scale f)^*(x); `scale` broadcasts against x, as steps do."""

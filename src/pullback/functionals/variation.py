@@ -79,7 +79,7 @@ class TV(Functional):
     def _prox(self, x: Tensor, step: Step, n: int) -> Tensor:
         return self._prox_from(x, step, n)[0]
 
-    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any]:
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
         # min_u |u - x|^2 / 2 + step |K u| has the dual min_q |x - K^H q|^2 / 2 over |q_i| <= step, and u = x - K^H q.
         # Gradient steps of length 1 / |K|^2 at the extrapolated point r.
         if self._is_fast(x, step, dual):
@@ -107,9 +107,10 @@ class TV(Functional):
                     done = done | newly
                     result = u if result is None else torch.where(newly.reshape(newly.shape + (1,) * n), u, result)
                     if bool(done.all()):
-                        return result, q
+                        return result, q, None
         u = self._primal(x, q, live)
-        return u if result is None else torch.where(done.reshape(done.shape + (1,) * n), result, u), q
+        u = u if result is None else torch.where(done.reshape(done.shape + (1,) * n), result, u)
+        return u, q, None
 
     def _is_fast(self, x: Tensor, step: Step, dual: Any) -> bool:
         """Whether the compiled loops serve: real long signals or large images on the CPU, no derivative, numba."""
@@ -119,7 +120,7 @@ class TV(Functional):
         enough = (len(dims) == 1 and size(dims) >= _LONG) or (len(dims) == 2 and size(dims) >= _LARGE)
         return enough and not is_live(x, step, dual) and _has_numba()
 
-    def _run_loops(self, x: Tensor, step: Step, dual: Any) -> tuple[Tensor, Any]:
+    def _run_loops(self, x: Tensor, step: Step, dual: Any) -> tuple[Tensor, Any, Tensor | None]:
         n = len(self.dims or ())
         batch = x.shape[: x.ndim - n]
         members = x.detach().reshape(-1, *x.shape[x.ndim - n :]).contiguous()
@@ -127,7 +128,7 @@ class TV(Functional):
         if n == 1:
             import pullback.functionals._tv1d as direct
 
-            return direct.proximal(members, radii * self.scales[0]).reshape(x.shape), None
+            return direct.proximal(members, radii * self.scales[0]).reshape(x.shape), None, None
         import pullback.functionals._fgp as loops
 
         q = x.new_zeros(len(members), 2, *members.shape[1:])
@@ -135,7 +136,7 @@ class TV(Functional):
             q.copy_(dual.expand(*batch, *q.shape[1:]).reshape(q.shape))
         rate = 1 / self.gradient.norm_bound() ** 2
         u = loops.proximal(members, radii, q, rate, self.scales, self.isotropic, self.maxiter, self.rtol, _CHECK)
-        return u.reshape(x.shape), q.reshape(*batch, *q.shape[1:])
+        return u.reshape(x.shape), q.reshape(*batch, *q.shape[1:]), None
 
     def _primal(self, x: Tensor, q: Tensor, live: bool) -> Tensor:
         v = self.gradient._run(q, True)

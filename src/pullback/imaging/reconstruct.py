@@ -1,25 +1,115 @@
-"""A slice from its sinogram: filtered back-projection, CGLS, or total variation, with defaults from the data."""
+"""A slice from its sinogram by any solver, with defaults from the data."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import pullback.solvers as solvers
 from pullback.core.errors import ArgumentError
 from pullback.functionals import TV
 from pullback.imaging.fbp import fbp
 from pullback.imaging.noise import noise_level
 from pullback.imaging.xray import XRayTransform
-from pullback.solvers import Status, cgls, fista, pdhg
+from pullback.linops import DWT2D
+from pullback.solvers import Solution, Status
 
-METHODS = ("fbp", "cgls", "fista-tv", "pdhg-tv")
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann")
-MAXITER = {"fbp": 0, "cgls": 20, "fista-tv": 100, "pdhg-tv": 150}
 
 _PROX_ITERATIONS = 20  # of the inner loop of the TV prox: its error stays below what one outer iteration changes
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a slice is found.
+
+    Args:
+        solve: (A, y, start, weight, **options) -> Solution.
+        maxiter: iterations by default.
+        is_tv: it has the weight of a total variation, and starts from the fbp image under a Hann window.
+    """
+
+    solve: Callable[..., Solution]
+    maxiter: int
+    is_tv: bool = True
+
+
+def _early(solver: Callable[..., Solution]) -> Callable[..., Solution]:
+    """A least-squares solver that is regularised by stopping early."""
+    return lambda A, y, start, weight, **options: solver(A, y, **options)
+
+
+def _direct(solver: Callable[..., Solution]) -> Callable[..., Solution]:
+    """A solver that takes the prox of TV."""
+    return lambda A, y, start, weight, **options: solver(A, y, _prox(A, weight), x0=start, rtol=1e-4, **options)
+
+
+def _split(solver: Callable[..., Solution]) -> Callable[..., Solution]:
+    """A solver that splits TV into a norm and the gradient."""
+    return lambda A, y, start, weight, **options: solver(A, y, weight * TV(A.dims), x0=start, rtol=1e-4, **options)
+
+
+def _prox(A: XRayTransform, weight: float) -> Any:
+    return weight * TV(A.dims, maxiter=_PROX_ITERATIONS, rtol=0)
+
+
+def _bregman(A: XRayTransform, y: Tensor, start: Tensor, weight: float, **options: Any) -> Solution:
+    gradient = TV(A.dims).operator
+    return solvers.split_bregman(A, y, [gradient], eps=[weight], isotropic=True, x0=start, rtol=1e-4, **options)
+
+
+def _denoised(solver: Callable[..., Solution]) -> Callable[..., Solution]:
+    """A solver that takes a denoiser, here the prox of TV for the step of the solver."""
+
+    def solve(A: XRayTransform, y: Tensor, start: Tensor, weight: float, **options: Any) -> Solution:
+        step = 1 / A.norm_bound() ** 2
+        g = _prox(A, weight)
+        if solver is solvers.red:
+            options["weight"] = 1 / step
+        return solver(A, y, lambda x: g.prox(x, step), x0=start, rtol=1e-4, **options)
+
+    return solve
+
+
+def _robust(A: XRayTransform, y: Tensor, start: Tensor, weight: float, **options: Any) -> Solution:
+    smoothing = max(float(noise_level(y)), 1e-6 * float(y.abs().max()))
+    return solvers.irls(A, y, kind="data", p=1, smoothing=smoothing, inner_maxiter=10, rtol=1e-3, **options)
+
+
+def _sparse(A: XRayTransform, y: Tensor, start: Tensor, weight: float, **options: Any) -> Solution:
+    """Haar wavelets, one an iteration, those that explain most of what is left."""
+    wavelets = DWT2D(A.dims, wavelet="haar", level=3, mode="zero").inverse()
+    solution = solvers.omp(A @ wavelets, y, options.pop("maxiter"), **options)
+    return replace(solution, x=wavelets(solution.x))
+
+
+METHODS: dict[str, Method] = {
+    "fbp": Method(_early(solvers.cgls), 0, False),  # a formula, not a solver
+    "cgls": Method(_early(solvers.cgls), 20, False),
+    "lsqr": Method(_early(solvers.lsqr), 20, False),
+    "lsmr": Method(_early(solvers.lsmr), 20, False),
+    "landweber": Method(_early(solvers.landweber), 100, False),
+    "sirt": Method(_early(solvers.sirt), 60, False),
+    "irls": Method(_robust, 4, False),
+    "omp": Method(_sparse, 60, False),
+    "ista-tv": Method(_direct(solvers.ista), 200),
+    "fista-tv": Method(_direct(solvers.fista), 100),
+    "pdhg-tv": Method(_split(solvers.pdhg), 150),
+    "admm-tv": Method(_split(solvers.admm), 60),
+    "condat-vu-tv": Method(_split(solvers.condat_vu), 200),
+    "douglas-rachford-tv": Method(_direct(solvers.douglas_rachford), 60),
+    "davis-yin-tv": Method(_direct(solvers.davis_yin), 200),
+    "split-bregman-tv": Method(_bregman, 60),
+    "hqs-tv": Method(_split(solvers.hqs), 60),
+    "plug-and-play-tv": Method(_denoised(solvers.plug_and_play), 200),
+    "red-tv": Method(_denoised(solvers.red), 200),
+}
+MAXITER = {name: m.maxiter for name, m in METHODS.items()}
 
 
 @dataclass(frozen=True)
@@ -49,50 +139,52 @@ def reconstruct(
     weight: float | None = None,
     maxiter: int | None = None,
     filter: str = "ramp",
+    progress: Any = False,
 ) -> Reconstruction:
     """Find u in y = A u + noise by one of the methods
 
     - `fbp`: the inversion formula, with a window on its ramp `filter`;
-    - `cgls`: argmin |A u - y|^2, regularised by stopping early: after `maxiter` conjugate gradient steps if given, else
-      where the residual reaches the noise level of y (the discrepancy principle), after 20 steps at the latest;
-    - `fista-tv`, `pdhg-tv`: argmin |A u - y|^2 / 2 + weight TV(u), started from the fbp image under a Hann window.
+    - `cgls`, `lsqr`, `lsmr`, `landweber`, `sirt`: argmin |A u - y|^2, regularised by stopping early: after `maxiter`
+      steps if given, else where the residual reaches the noise level of y (the discrepancy principle);
+    - `irls`: argmin |A u - y|_1, for data with outliers, stopped early;
+    - `omp`: the sum of `maxiter` Haar wavelets that explain y best;
+    - all others, whose names end in -tv: argmin |A u - y|^2 / 2 + weight TV(u), started from the fbp image under a Hann
+      window. (`hqs-tv` smooths the TV a little; `plug-and-play-tv` and `red-tv` take its prox as their denoiser.)
 
     Args:
         A: the X-ray transform.
         y: line integrals of one slice, shape (n_angles, n_columns).
-        method: one of METHODS.
+        method: one of METHODS; "-tv" may be left away.
         weight: of the total variation, with differences between neighbouring pixels; `tv_weight(A, y)` if None.
         maxiter: iterations; at most MAXITER[method] if None.
         filter: of fbp, one of FILTERS.
+        progress: show a bar with the iterations.
 
     Returns: Reconstruction.
     Raises: ArgumentError, ShapeError, DtypeError.
     """
-    check_method(method, weight, maxiter, filter)
-    steps = MAXITER[method] if maxiter is None else maxiter
-    used, iterations, status = 0.0, 0, ""
+    method = check_method(method, weight, maxiter, filter)
     if method == "fbp":
         image = fbp(A, y, filter)
-    elif method == "cgls":
-        noise = float(noise_level(y)) * math.sqrt(y.numel()) if maxiter is None else 0.0
-        solution = cgls(A, y, maxiter=steps, rtol=1e-4, callback=lambda state: bool(state.values["residual"] <= noise))
-        image, iterations, status = solution.x, solution.iterations, str(solution.status)
-        if solution.status is Status.CALLBACK:
-            status = "stopped where the residual reached the noise level of the data"
-    else:
+        return Reconstruction(image, relative_residual(A, image, y), 0, "", 0.0)
+    chosen = METHODS[method]
+    used, start, options = 0.0, None, {"maxiter": chosen.maxiter if maxiter is None else maxiter, "progress": progress}
+    if chosen.is_tv:
         used = tv_weight(A, y) if weight is None else weight
         start = fbp(A, y, "hann").contiguous()
-        if method == "fista-tv":
-            g = used * TV(A.dims, maxiter=_PROX_ITERATIONS, rtol=0)
-            solution = fista(A, y, g, x0=start, maxiter=steps, rtol=1e-4)
-        else:
-            solution = pdhg(A, y, used * TV(A.dims), x0=start, maxiter=steps, rtol=1e-4)
-        image, iterations, status = solution.x, solution.iterations, str(solution.status)
-    return Reconstruction(image, relative_residual(A, image, y), iterations, status, used)
+    elif maxiter is None:
+        noise = float(noise_level(y)) * math.sqrt(y.numel())
+        options["callback"] = lambda state: bool(state.values["residual"] <= noise)
+    solution = chosen.solve(A, y, start, used, **options)
+    status = str(solution.status)
+    if solution.status is Status.CALLBACK:
+        status = "stopped where the residual reached the noise level of the data"
+    return Reconstruction(solution.x, relative_residual(A, solution.x, y), solution.iterations, status, used)
 
 
-def check_method(method: str, weight: float | None, maxiter: int | None, filter: str) -> None:
-    """Raise ArgumentError unless the arguments of `reconstruct` have values that it accepts."""
+def check_method(method: str, weight: float | None, maxiter: int | None, filter: str) -> str:
+    """The full name of a method; ArgumentError unless the arguments of `reconstruct` have values that it accepts."""
+    method = f"{method}-tv" if f"{method}-tv" in METHODS else method
     if method not in METHODS:
         raise ArgumentError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if filter not in FILTERS:
@@ -101,6 +193,7 @@ def check_method(method: str, weight: float | None, maxiter: int | None, filter:
         raise ArgumentError(f"weight must be a number >= 0; got {weight}")
     if maxiter is not None and maxiter < 1:
         raise ArgumentError(f"maxiter must be at least 1; got {maxiter}")
+    return method
 
 
 def relative_residual(A: XRayTransform, image: Tensor, y: Tensor) -> float:

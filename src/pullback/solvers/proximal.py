@@ -48,6 +48,7 @@ class _State(State):
     ceiling: Number  # a residual above it is divergence
     length: Any = None  # the step, where it is searched for
     dual: Any = None  # the largest dual value so far, where it is asked for
+    warm: Any = None  # what the next prox starts from
 
 
 class ProximalGradient:
@@ -81,6 +82,13 @@ class ProximalGradient:
             state.values["gap"] = inf
         return state
 
+    def _prox(self, state: _State, u: Tensor) -> tuple[Tensor, Any]:
+        """The prox of g at u, and g there if that comes free; from where the last one ended, unless differentiated."""
+        if self.problem.live:
+            return self.g._prox_over(u, self.length, self.problem.n_x), None  # type: ignore[arg-type]
+        x, state.warm, value = self.g._prox_from(u, self.length, self.problem.n_x, state.warm)  # type: ignore[arg-type]
+        return x, value
+
     def _pull(self, r: Tensor) -> Tensor:
         """A^H grad D."""
         return self.problem.back(r if self.data.f is None else self.data.grad(r))
@@ -100,10 +108,10 @@ class ProximalGradient:
         if self.with_gap:
             self._lift_dual(state, w)
         if self.search:
-            x, r = self._backtrack(state, w)
+            (x, r), value = self._backtrack(state, w), None
         else:
             u = add_scaled(state.z, -self.length, w, pb.own(w))  # type: ignore[operator]
-            x = self.g._prox_over(u, self.length, pb.n_x)  # type: ignore[arg-type]
+            x, value = self._prox(state, u)
             r = self._image(x)
         # <z - x_new, x_new - x> > 0: the momentum points uphill.
         ahead = pb.dot(state.z - x, x - state.x, pb.n_x) if self.restart == "gradient" else 0.0
@@ -111,7 +119,7 @@ class ProximalGradient:
         state.error = pb.norm(d, pb.n_x)
         state.scale = pb.norm(x, pb.n_x)
         before = state.values["objective"]
-        values = self._values(x, r)
+        values = self._values(x, r, value)
         if self.accelerate:
             t: Any = (1 + (1 + 4 * state.t * state.t) ** 0.5) / 2
             momentum = (state.t - 1) / t
@@ -191,13 +199,13 @@ class ProximalGradient:
             q = pb.y_scalar(s) * q
         state.dual = -smaller(-state.dual, 0 + self.data.conjugate(q) + outer)
 
-    def _values(self, x: Tensor, r: Tensor) -> dict[str, Number]:
+    def _values(self, x: Tensor, r: Tensor, value: Any = None) -> dict[str, Number]:
         pb = self.problem
         if self.data.f is not None:
             return report(pb, self.data, r, [(self.g, x, pb.n_x)])
         with torch.no_grad():
             size = pb.norm(r, pb.n_y)
-            value = self.g._value(x, pb.n_x)
+            value = self.g._value(x, pb.n_x) if value is None else value
             return {"residual": size, "objective": size * size / 2 + as_number(pb, value)}
 
 
