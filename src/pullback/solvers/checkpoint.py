@@ -15,7 +15,7 @@ from pullback.solvers.problem import Problem
 
 _MEMBERS = {  # what the bookkeeping of members must remember
     "Single": ("limit", "good", "least"),
-    "Batch": ("codes", "counts", "limit", "kept", "good", "least"),
+    "Batch": ("codes", "counts", "limit", "is_open", "kept", "good", "least"),
 }
 
 

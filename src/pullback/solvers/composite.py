@@ -6,7 +6,7 @@ D(v) is |v - y|^2 / 2 unless another data term is given; h is the term that acts
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,12 @@ class Block:
     n: int  # axes of a member of K x
     given: float | None = None  # the bound, if it is known
 
+    def __post_init__(self) -> None:
+        adjoint = self.op.H
+        # `_run` skips the checks of a call, and the copy that protects the input of operators which may return it.
+        self.push: Callable[[Tensor], Tensor] = self.op if self.op._aliases else self.op._run
+        self.back: Callable[[Tensor], Tensor] = adjoint if adjoint._aliases else adjoint._run
+
     @property
     def bound(self) -> float:
         """A number >= |K|. It may cost applications, which equations must not make: they run inside of vmap, too."""
@@ -43,7 +49,7 @@ class Block:
 
     def pull(self, q: Tensor, dtype: torch.dtype) -> Tensor:
         """K^H q in the dtype of x; its real part where x is real, which is the adjoint of K on real vectors."""
-        v = self.op.H(q)
+        v = self.back(q)
         v = v.real if v.is_complex() and not dtype.is_complex else v
         return v if v.dtype == dtype else v.to(dtype)
 
@@ -206,15 +212,15 @@ def as_number(problem: Problem, value: Tensor) -> Number:
     return float(value) if problem.single else value
 
 
-@torch.no_grad()
 def report(
     problem: Problem, data: DataTerm, v: Tensor, terms: Sequence[tuple[Functional, Tensor, int]]
 ) -> dict[str, Number]:
     """What goes into the history at x: |v - y| and D(v) + sum_i g_i(u_i), for v = A x and (g_i, u_i, axes) in terms."""
-    residual = problem.norm(v - problem.y, problem.n_y)
-    objective = residual * residual / 2 if data.f is None else data.value(v)
-    for g, u, n in terms:
-        objective = objective + as_number(problem, g._value(u, n))
+    with problem.quiet:
+        residual = problem.norm(v - problem.y, problem.n_y)
+        objective = residual * residual / 2 if data.f is None else data.value(v)
+        for g, u, n in terms:
+            objective = objective + as_number(problem, g._value(u, n))
     return {"residual": residual, "objective": objective}
 
 

@@ -148,7 +148,7 @@ class GMRES:
             w = w - (c @ basis).squeeze(-2)
             h = h + c
         after = length(w, 1, pb.live).unsqueeze(-1)
-        with torch.no_grad():
+        with pb.quiet:
             total = torch.hypot(norm(h, 1), after)
             tiny = 4 * pb.eps * total
             ended = after <= tiny
@@ -162,7 +162,7 @@ class GMRES:
         u = (h @ Q.mT).squeeze(-2)
         a = u[..., -1:]
         squares = (a * a.conj()).real if a.is_complex() else a * a
-        with torch.no_grad():
+        with pb.quiet:
             stuck = squares.sqrt().hypot(after) <= tiny
         fresh = (squares == 0) | stuck
         magnitude = squares.masked_fill(fresh, 1).sqrt()
@@ -182,7 +182,7 @@ class GMRES:
         rows = (above, torch.cat((c * q, s), -1), torch.cat((-s.conj() * q, c.to(q.dtype)), -1))
         state.rotations = torch.cat(rows, -2)
         state.count = k + 1
-        with torch.no_grad():
+        with pb.quiet:
             state.error = state.rotations[..., -1, 0].abs() * state.targets.squeeze(-1)
             verdict = torch.where(state.error <= 0.1 * pb.eps * state.scale, code(Status.PRECISION), 0)
             state.verdict = torch.where(stuck.squeeze(-1), code(Status.BREAKDOWN), verdict)

@@ -50,7 +50,7 @@ class Landweber:
         else:
             u = add_scaled(state.x, self.length, g, pb.own(g))
             x = self.projection._prox_over(u, self.length, pb.n_x)
-            with torch.no_grad():
+            with pb.quiet:
                 d = torch.sub(x, state.x, out=pb.own(state.x))
                 state.error = pb.norm(d, pb.n_x) / self.member_length
             state.x = x

@@ -101,7 +101,7 @@ class LSMR:
         state.x = add_scaled(state.x, pb.x_scalar(forth), state.hbar, pb.own(state.x))
         state.h = add_scaled(state.v, pb.x_scalar(-ratio(theta, state.rho, pb.live)), state.h, pb.own(state.h))
         numbers = (c, s, state.cbar, thetabar, state.rhobar, zeta, slanted, beta, state.alpha, rhobar_before)
-        with torch.no_grad():
+        with pb.quiet:
             self._judge(state, turn and [*map(detach, turn)], *map(detach, numbers))
 
     def _judge(

@@ -91,7 +91,7 @@ class LSQR:
         theta, state.rhobar = s * alpha, -c * alpha
         phi, state.phibar = c * phibar, s * phibar
         state.x = add_scaled(state.x, pb.x_scalar(ratio(phi, rho, pb.live)), state.w, pb.own(state.x))
-        with torch.no_grad():
+        with pb.quiet:
             spread = ratio(pb.norm(state.w, pb.n_x), detach(rho))
             state.inverse2 = state.inverse2 + spread * spread
         state.w = add_scaled(state.v, pb.x_scalar(-ratio(theta, rho, pb.live)), state.w, pb.own(state.w))

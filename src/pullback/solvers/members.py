@@ -35,6 +35,8 @@ class Single:
             return True
         self.count = state.iteration
         error, verdict = state.error, state.verdict
+        if self.limit == math.inf and error < math.inf:  # methods that know no error before their first step
+            self.limit = GROWTH * max(error, state.scale)
         if error <= max(state.scale * self.rtol, self.atol):
             self.code = _CONVERGED
         elif not error <= self.limit:  # or nan
@@ -85,6 +87,7 @@ class Batch:
         self.codes = torch.zeros(problem.batch, dtype=torch.int8, device=error.device)
         self.counts = torch.zeros(problem.batch, dtype=torch.int64, device=error.device)
         self.limit = GROWTH * torch.maximum(error, scale)
+        self.is_open = bool(torch.isinf(self.limit).any())
         self.kept: Tensor | None = None  # x of the members that have stopped
         self.good = _start(problem, state.x)  # the iterates with the smallest error so far, roughly
         self.least = torch.full_like(error, torch.inf)
@@ -96,6 +99,10 @@ class Batch:
     def judge(self, state: Any) -> bool:
         """Write the codes of members that stop now; whether all have stopped."""
         error = state.error.detach()
+        if self.is_open:  # methods that know no error before their first step
+            first = GROWTH * torch.maximum(error, state.scale.detach())
+            self.limit = torch.where(torch.isinf(self.limit), first, self.limit)
+            self.is_open = bool(torch.isinf(self.limit).any())
         bound = state.scale.detach() * self.rtol
         if self.atol:
             bound = bound.clamp(min=self.atol)

@@ -47,6 +47,7 @@ class PDHG:
         self.total = sum(bounds) or 1.0
         self.blocks = [Block(problem.A, None, problem.n_y, bounds[0] or self.total)]  # type: ignore[arg-type]
         self.blocks += [Block(b.op, b.g, b.n, c or self.total) for b, c in zip(rest, bounds[1:], strict=True)]
+        self.reach2 = problem.square(problem.y.detach(), problem.n_y)
 
     def init(self) -> _State:
         """x0, the gradient of the data term as first dual variable, zero for the others."""
@@ -73,7 +74,7 @@ class PDHG:
             sigma = lift(state.balance / b.bound, b.n)
             v = add_scaled(q, sigma, k, None)
             v = self.data.conjugate_prox(v, sigma) if b.g is None else b.g._conjugate_prox(v, sigma, b.n)
-            with torch.no_grad():  # (q - v) / sigma + K x_ahead lies in the subdifferential of the conjugate at v
+            with pb.quiet:  # (q - v) / sigma + K x_ahead lies in the subdifferential of the conjugate at v
                 d = torch.sub(q, v, out=pb.own(q))
                 before.append(add_scaled(k, 1 / sigma, d, pb.own(d)))
             new_q.append(v)
@@ -89,9 +90,9 @@ class PDHG:
         x = add_scaled(state.x, -length, w, pb.own(w))
         if self.h is not None:
             x = self.h._prox_over(x, length, pb.n_x)
-        kx = [b.op(x) for b in self.blocks]
+        kx = [b.push(x) for b in self.blocks]
         ahead = [torch.lerp(old, new, 2.0, out=pb.own(old)) for old, new in zip(state.kx, kx, strict=True)]
-        with torch.no_grad():
+        with pb.quiet:
             move = pb.norm(torch.sub(x, state.x, out=pb.own(state.x)), pb.n_x)
             self._judge(state, move / tau, pull, before, kx, pb.norm(x, pb.n_x))
         state.x, state.kx, state.ahead = x, kx, ahead
@@ -108,7 +109,7 @@ class PDHG:
         """The larger of the relative optimality residuals, and a balance that makes the residuals more equal."""
         pb = self.problem
         dual2 = 0.0 * primal
-        reach2 = pb.square(pb.y.detach(), pb.n_y)
+        reach2 = self.reach2
         for b, v, k in zip(self.blocks, before, kx, strict=True):
             gap = pb.norm(torch.sub(v, k, out=pb.own(v)), b.n)
             dual2 = dual2 + gap * gap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pullback.functionals.arithmetic import is_live, lift
 from pullback.solvers.scalars import Number
 
 _CHUNK = 4096
+_NOTHING = nullcontext()
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -83,6 +85,11 @@ class Problem:
         # `_run` skips the checks of a call, and the copy that protects the input of operators which may return it.
         self.forward: Callable[[Tensor], Tensor] = self.A if self.A._aliases else self.A._run
         self.backward: Callable[[Tensor], Tensor] = self.adjoint if self.adjoint._aliases else self.adjoint._run
+
+    @property
+    def quiet(self) -> AbstractContextManager[Any]:
+        """A context without derivatives; it costs nothing where there are none anyway."""
+        return torch.no_grad() if self.live else _NOTHING
 
     def own(self, t: Tensor) -> Tensor | None:
         """Where to write a result that replaces t: t itself, or nowhere if derivatives may be asked for."""
@@ -228,8 +235,8 @@ def _real_vector(v: Tensor) -> Tensor:
 
 def _single_norm(v: Tensor) -> float:
     if v.numel() > 2 * _CHUNK:
-        return float(norm(v, v.ndim))
-    return float(torch.linalg.vector_norm(_real_vector(v)))
+        return norm(v, v.ndim).item()
+    return torch.linalg.vector_norm(v if v.ndim == 1 and not v.is_complex() else _real_vector(v)).item()
 
 
 def length(x: Tensor, n: int, live: bool) -> Tensor:

@@ -203,7 +203,7 @@ class ProximalGradient:
         pb = self.problem
         if self.data.f is not None:
             return report(pb, self.data, r, [(self.g, x, pb.n_x)])
-        with torch.no_grad():
+        with pb.quiet:
             size = pb.norm(r, pb.n_y)
             value = self.g._value(x, pb.n_x) if value is None else value
             return {"residual": size, "objective": size * size / 2 + as_number(pb, value)}

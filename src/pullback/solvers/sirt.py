@@ -59,7 +59,7 @@ class SIRT:
         d = self._step(state.r)
         if self.is_bounded:
             before, x = state.x, torch.add(state.x, d).clamp(pb.parts["lower"], pb.parts["upper"])
-            with torch.no_grad():
+            with pb.quiet:
                 state.error = pb.norm(torch.sub(x, before, out=pb.own(before)), pb.n_x)
             state.x = x
         else:
