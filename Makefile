@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test quick lint types bench-operators bench-xray bench-kernels clean
+.PHONY: demo test quick lint types bench-operators bench-xray bench-kernels bench-solvers clean
 
 demo: $(VENV)/.imaging
 	$(BIN)/pullback demo --out demo-output
@@ -27,6 +27,11 @@ bench-operators: $(VENV)/.dev
 
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels.py
+
+bench-solvers: $(VENV)/.bench
+	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/solver_overhead.py
+	$(BIN)/python benchmarks/wavelet.py
 
 bench-xray: $(VENV)/.bench
 	$(BIN)/python benchmarks/xray.py

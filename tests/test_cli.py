@@ -109,7 +109,7 @@ def check_page(path, images):
 # Whole jobs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fbp", "cgls", "fista-tv", "pdhg-tv"])
+@pytest.mark.parametrize("method", ["fbp", "cgls", "fista-tv", "pdhg-tv", "split-bregman-tv"])
 def test_reconstruct_makes_a_volume_and_a_report(scan, tmp_path, call, method):
     out = tmp_path / "out"
     code, text, errors = call("reconstruct", scan, "--method", method, "--calibrate", "center", "--out", out)
@@ -237,7 +237,7 @@ def _one_line(errors, message):
         (["--det-spacing", "-1"], "--det-spacing must be a length > 0; got -1"),
         (["--pixel-size", "0"], "--pixel-size must be a length > 0; got 0"),
         (["--size", "0"], "--size must be at least 2 pixels; got 0"),
-        (["--method", "magic"], "method must be one of fbp, cgls, fista-tv, pdhg-tv; got 'magic'"),
+        (["--method", "magic"], "method must be one of fbp, cgls, lsqr, lsmr, landweber, sirt, irls, omp, ista-tv, fista-tv, pdhg-tv"),
         (["--filter", "boxcar"], "filter must be one of ramp"),
         (["--projector", "magic"], "--projector must be one of joseph, fourier"),
         (["--format", "jpg"], "--format must be one of tiff, npy"),

@@ -585,7 +585,8 @@ def test_bad_input():
         (lambda: admm(A, y), "admm: regularizer must hold at least one term; got none; use lsqr"),
         (lambda: admm(A, y, L1(), relaxation=2), "admm: relaxation must be a number between 0 and 2; got 2"),
         (lambda: admm(A, y, L1(), penalty=-1.0), "admm: penalty must be a finite number > 0; got -1"),
-        (lambda: davis_yin(A, y, TV(N)), "davis_yin: regularizer and constraint must be at most two functionals of x"),
+        (lambda: davis_yin(A, y, [TV(N), L1(), L2()]), "davis_yin: regularizer and constraint must be at most two"),
+        (lambda: davis_yin(A, y, L1() @ Gradient(N)), "davis_yin: L1() @ Gradient has no prox; use pullback.condat_vu"),
         (lambda: douglas_rachford(A, y, L1() @ Gradient(N)), "has no prox"),
         (lambda: douglas_rachford(A, y), "douglas_rachford: regularizer must be a functional; got None"),
         (lambda: condat_vu(A, y, L1(), balance=0), "condat_vu: balance must be a finite number > 0; got 0"),
@@ -608,3 +609,13 @@ def test_bad_input():
     with pytest.raises(ShapeError, match=r"acts on dims \(3,\), but A's input has dims"):
         admm(A, y, L1(3))
     assert math.isfinite(float(solve(A, y, L1()).history["objective"][-1]))
+
+
+def test_davis_yin_takes_the_prox_of_tv():
+    matrix, y = randn(12, N, seed=3), randn(12, seed=4).requires_grad_()
+    A, tv = MatrixMult(matrix), 0.3 * TV(N, maxiter=3000, rtol=1e-9)
+    s = davis_yin(A, y, tv, constraint=Box(0, None), rtol=1e-10, maxiter=5000)
+    other = pdhg(A, y, 0.3 * TV(N), constraint=Box(0, None), rtol=1e-10, maxiter=50000)
+    torch.testing.assert_close(s.x, other.x, atol=1e-6, rtol=0)
+    g, h = (torch.autograd.grad(r.x.square().sum(), y)[0] for r in (s, other))
+    torch.testing.assert_close(g, h, atol=1e-4, rtol=0)

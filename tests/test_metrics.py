@@ -122,12 +122,19 @@ def test_methods_agree_with_the_truth(method):
     assert result.image.shape == image.shape
     expected = float((A(result.image) - y).norm() / y.norm())
     assert result.residual == pytest.approx(expected, rel=1e-5)
-    assert float(psnr(result.image, image)) > (24 if method.endswith("-tv") else 17)
+    floor = {"omp": 12, "red-tv": 22}.get(method, 28 if method.endswith("-tv") else 17)  # of 1024 wavelets 60; slow
+    assert float(psnr(result.image, image)) > floor
+    assert result.status or method == "fbp"
+
+
+def test_tv_may_be_left_away():
+    A, _, y = scan()
+    assert torch.equal(reconstruct(A, y, "admm", maxiter=3).image, reconstruct(A, y, "admm-tv", maxiter=3).image)
 
 
 def test_tv_beats_the_others_with_its_own_weight():
     A, image, y = scan()
-    scores = {m: float(psnr(reconstruct(A, y, m).image, image)) for m in METHODS}
+    scores = {m: float(psnr(reconstruct(A, y, m).image, image)) for m in ("fbp", "cgls", "fista-tv", "pdhg-tv")}
     print(scores)
     assert min(scores["fista-tv"], scores["pdhg-tv"]) > max(scores["fbp"], scores["cgls"]) + 3
     for factor in (0.1, 10):
@@ -153,7 +160,7 @@ def test_cgls_stops_at_the_noise_unless_told_how_long():
 def test_reconstruct_refuses():
     A, _, y = scan()
     for arguments, message in (
-        ({"method": "magic"}, "method must be one of fbp, cgls, fista-tv, pdhg-tv; got 'magic'"),
+        ({"method": "magic"}, r"method must be one of fbp, cgls, lsqr, .*, red-tv; got 'magic'"),
         ({"filter": "boxcar"}, "filter must be one of ramp"),
         ({"weight": -1.0}, "weight must be a number >= 0; got -1"),
         ({"maxiter": 0}, "maxiter must be at least 1; got 0"),

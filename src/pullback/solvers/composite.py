@@ -114,24 +114,33 @@ def direct_term(problem: Problem, name: str = "g") -> Functional | None:
     return g
 
 
-def split(problem: Problem) -> tuple[Functional | None, list[Block]]:
+def split(problem: Problem, whole: bool = False) -> tuple[Functional | None, list[Block]]:
     """h, the term (or pair of terms) that is taken through its prox on x, and the others as blocks.
 
+    With `whole` all terms act on x itself, through a prox of their own, as that of TV.
     Raises: ArgumentError if one of them has no prox.
     """
     terms = terms_of(problem)
     for f in terms:
-        if not f.outer.has_prox:
+        if not (f if whole else f.outer).has_prox:
             raise ArgumentError(
-                f"{problem.owner}: {f.outer!r} has no prox; write it as a sum of functionals that have one"
+                f"{problem.owner}: {f if whole else f.outer!r} has no prox; "
+                + (
+                    "use pullback.condat_vu or pullback.pdhg"
+                    if whole
+                    else "write it as a sum of functionals that have one"
+                )
             )
-    direct = [t for t in terms if t.operator is None]
-    rest = [t for t in terms if t.operator is not None]
+    direct = [t for t in terms if whole or t.operator is None]
+    rest = [t for t in terms if not whole and t.operator is not None]
     if len(direct) == 2 and Sum(*direct).has_prox:
         direct = [Sum(*direct)]
     direct.sort(key=lambda t: not t.is_box)  # hard constraints first: then every x is feasible
     h = direct[0] if direct else None
-    return h, [as_block(problem, f) for f in (*direct[1:], *rest)]
+    return h, [
+        *(Block(Identity(problem.A.dims), f, problem.n_x) for f in direct[1:]),
+        *(as_block(problem, f) for f in rest),
+    ]
 
 
 def as_block(problem: Problem, f: Functional) -> Block:
@@ -256,7 +265,7 @@ def smoothness(problem: Problem) -> Any:
 # The equations of the solution --------------------------------------------------------------------------------------
 
 
-def optimality(problem: Problem) -> Equation | None:
+def optimality(problem: Problem, whole: bool = False) -> Equation | None:
     """The fixed point that all methods for composite problems share, whatever their iterations; None if not convex.
 
         x = prox_{tau h}(x - tau (A^H grad D(A x) + sum_i K_i^H q_i)),    q_i = prox_{sigma g_i*}(q_i + sigma K_i x)
@@ -272,7 +281,7 @@ def optimality(problem: Problem) -> Equation | None:
 
     def pieces(p: Problem) -> tuple[DataTerm, Functional | None, list[Block]]:
         data = DataTerm(p)
-        h, blocks = split(p) if steps["duals"] else (direct_term(p), [])
+        h, blocks = split(p, whole) if steps["duals"] else (direct_term(p), [])
         if not data.smooth:
             assert data.f is not None
             blocks.insert(0, Block(p.A, data.f, p.n_y))

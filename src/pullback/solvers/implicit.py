@@ -275,23 +275,40 @@ def _real(t: Tensor) -> Tensor:
 
 
 def watch(problem: Problem) -> None:
-    """Let the first application of A raise if A is somebody's code and uses a tensor with derivatives unseen.
+    """Let the first call of somebody's code raise if it uses a tensor with derivatives unseen.
 
-    Operators of this library hold what they use.
+    That is: A where it is not made of this library's operators, which hold what they use, and functions such as a
+    denoiser. Derivatives do not depend on preconditioners.
     """
-    A, plain = problem.A, problem.forward
-    if all(type(m).__module__.startswith("pullback.") and not isinstance(m, FunctionOperator) for m in A.modules()):
-        return
+    A = problem.A
+    if not all(type(m).__module__.startswith("pullback.") and not isinstance(m, FunctionOperator) for m in A.modules()):
+        plain = problem.forward
 
-    def first(x: Tensor) -> Tensor:
-        problem.forward = plain
+        def unwatch() -> None:
+            problem.forward = plain
+
+        problem.forward = _watched(problem.owner, plain, unwatch)
+    for name, part in problem.parts.items():
+        if callable(part) and not isinstance(part, torch.nn.Module) and name != "preconditioner":
+            problem.parts[name] = _watched(problem.owner, part, lambda: None)
+
+
+def _watched(owner: str, function: Callable[..., Any], found_nothing: Callable[[], None]) -> Callable[..., Any]:
+    looked = False
+
+    def call(*args: Any) -> Any:
+        nonlocal looked
+        if looked:
+            return function(*args)
         with torch.enable_grad():
-            value = plain(x)
-        if value.requires_grad:
-            raise NotDifferentiableError(HIDDEN.format(owner=problem.owner))
+            value = function(*args)
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise NotDifferentiableError(HIDDEN.format(owner=owner))
+        looked = True
+        found_nothing()
         return value
 
-    problem.forward = first
+    return call
 
 
 def live_tensors(problem: Problem) -> tuple[list[Tensor], list[bool]]:

@@ -49,6 +49,10 @@ class Options(TypedDict, total=False):
 
 
 _KNOWN = tuple(Options.__annotations__)
+_RENAMED = {  # what other libraries call it
+    "niter": "maxiter", "niter_outer": "maxiter", "iter_lim": "maxiter", "max_iter": "maxiter", "maxit": "maxiter",
+    "tol": "rtol", "show": "progress", "verbose": "progress", "callbacks": "callback", "M": "preconditioner",
+}  # fmt: skip
 
 
 def _solution_state(problem: Problem, outcome: Outcome) -> Tensor:
@@ -106,7 +110,9 @@ def run(
     owner = problem.owner
     unknown = [name for name in options if name not in _KNOWN]
     if unknown:
-        raise ArgumentError(f"{owner}: unknown argument {unknown[0]!r}; besides its own it takes {', '.join(_KNOWN)}")
+        name = unknown[0]
+        hint = f"; write {_RENAMED[name]}" if name in _RENAMED else ""
+        raise ArgumentError(f"{owner}: unknown argument {name!r}{hint}; besides its own it takes {', '.join(_KNOWN)}")
     throw, unroll = bool(options.get("throw")), bool(options.get("unroll"))
     loop: dict[str, Any] = {"maxiter": maxiter, "rtol": rtol, "atol": atol}
     loop |= {name: options[name] for name in ("callback", "progress") if name in options}  # type: ignore[literal-required]

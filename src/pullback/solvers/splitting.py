@@ -105,7 +105,7 @@ class DavisYin:
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.data = problem, DataTerm(problem)
-        self.h, self.blocks = split(problem)
+        self.h, self.blocks = split(problem, whole=True)
         self.relaxation = problem.parts["relaxation"]
         self.tau = default_step(problem)
 
@@ -258,8 +258,8 @@ def davis_yin(
 
     Args:
         A, y, x0: as in `pdhg`.
-        regularizer, constraint: together at most two functionals without operator (or pairs whose sum has a prox). x is
-            always in the domain of the constraint.
+        regularizer, constraint: together at most two functionals that have a prox, as `TV` and `Box` (or pairs whose
+            sum has one). x is always in the domain of the constraint.
         data_term: a smooth functional of A x - y, as in `condat_vu`.
         step: < 2 / (L |A|^2), a number or one for each member; 1 / (L A.norm_bound()^2) if None.
         relaxation: in (0, 1] for the default step.
@@ -275,14 +275,13 @@ def davis_yin(
     _check_relaxation("davis_yin", relaxation)
     terms = gather("davis_yin", regularizer, constraint)
     problem = composite("davis_yin", A, y, x0, terms, data_term, step=step, relaxation=float(relaxation))
-    _, blocks = split(problem)
-    if len(blocks) > 1 or any(not isinstance(b.op, Identity) for b in blocks):
+    if len(split(problem, whole=True)[1]) > 1:
         raise ArgumentError(
-            f"davis_yin: regularizer and constraint must be at most two functionals of x itself; got "
+            f"davis_yin: regularizer and constraint must be at most two functionals with a prox; got "
             f"{' + '.join(map(repr, terms))}; use pullback.pdhg or pullback.condat_vu"
         )
     DataTerm(problem).require_smooth()
-    return run(problem, DavisYin, optimality(problem), maxiter=maxiter, rtol=rtol, atol=atol, **options)
+    return run(problem, DavisYin, optimality(problem, whole=True), maxiter=maxiter, rtol=rtol, atol=atol, **options)
 
 
 def douglas_rachford(
