@@ -18,7 +18,6 @@ import skimage.data
 import torch
 
 import pullback as pb
-import pullback.solvers
 
 torch.manual_seed(0)
 torch.set_num_threads(1)  # these pictures are small: a second thread costs more than it brings
@@ -86,7 +85,7 @@ class Smooth(torch.nn.Module):
         return (v + self.layers(v)).reshape(u.shape)
 
 
-net = pullback.solvers.Unrolled(pb.ista, 7, ["step"], prox=[Smooth() for _ in range(7)], step=1.0)
+net = pb.Unrolled(pb.ista, 7, ["step"], prox=[Smooth() for _ in range(7)], step=1.0)
 net = net.to(memory_format=torch.channels_last)  # twice as fast on CPUs
 small = blur(SIZE)
 

@@ -237,7 +237,7 @@ def _one_line(errors, message):
         (["--det-spacing", "-1"], "--det-spacing must be a length > 0; got -1"),
         (["--pixel-size", "0"], "--pixel-size must be a length > 0; got 0"),
         (["--size", "0"], "--size must be at least 2 pixels; got 0"),
-        (["--method", "magic"], "method must be one of fbp, cgls, lsqr, lsmr, landweber, sirt, irls, omp, ista-tv, fista-tv, pdhg-tv"),
+        (["--method", "magic"], "method must be one of fbp, cgls, lsqr, lsmr, landweber, sirt, irls, omp, ista-tv"),
         (["--filter", "boxcar"], "filter must be one of ramp"),
         (["--projector", "magic"], "--projector must be one of joseph, fourier"),
         (["--format", "jpg"], "--format must be one of tiff, npy"),

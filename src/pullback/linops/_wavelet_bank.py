@@ -80,7 +80,7 @@ class Edge:
     stop: tuple[int, int]
     columns: tuple[tuple[int, ...], tuple[int, ...]]
     matrix: Tensor
-    _ready: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    _ready: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def of(start: int, stop: tuple[int, int], rows: Sequence[Row]) -> Edge:
@@ -167,9 +167,9 @@ class Bank:
                 taps[source].append((c, -shift, weight))
         columns: dict[tuple[int, int], Row] = {}
         for edge in self.edges:
-            for output, row in edge.rows().items():
-                for source, weight in row.items():
-                    columns.setdefault(source, {})[output] = weight
+            for output, weights in edge.rows().items():
+                for place, weight in weights.items():
+                    columns.setdefault(place, {})[output] = weight
         # A position is regular if every row that the taps can reach from it is, and no edge touches it.
         shifts = [shift for entries in self.taps for _, shift, _ in entries] or [0]
         start, stop = max(self.start + max(shifts), 0), min(self.stop + min(shifts), *lengths)
@@ -301,5 +301,6 @@ def synthesis(n: int, low: Taps, high: Taps, mode: str, adjoint: bool = False) -
 
 def channels(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """The even and odd samples along `axis` (counted from the end), as views."""
-    rest = (slice(None),) * (-axis - 1)
-    return x[(..., slice(0, None, 2), *rest)], x[(..., slice(1, None, 2), *rest)]
+    even: Any = (..., slice(0, None, 2), *(slice(None),) * (-axis - 1))
+    odd: Any = (..., slice(1, None, 2), *(slice(None),) * (-axis - 1))
+    return x[even], x[odd]
