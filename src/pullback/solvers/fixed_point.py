@@ -15,7 +15,7 @@ from pullback.functionals.arithmetic import is_live
 from pullback.solvers.descent import start
 from pullback.solvers.gmres import gmres
 from pullback.solvers.iterate import State, code
-from pullback.solvers.nonlinear import Function, Spaces, expose, is_complex, member_dims, probe
+from pullback.solvers.nonlinear import Function, expose, is_complex, member_dims, probe, stand_in
 from pullback.solvers.problem import Problem, add_scaled, flat
 from pullback.solvers.run import Equation, Options, run
 from pullback.solvers.scalars import Number, where
@@ -159,7 +159,7 @@ def fixed_point(
     if is_real and value.is_complex():
         raise ArgumentError("fixed_point: T(x) is complex, so x0 must be complex; got a real x0; use x0 + 0j")
     problem = Problem(
-        "fixed_point", Spaces(dims, dims, is_real, is_real), x0, x0,
+        "fixed_point", stand_in(dims, dims, is_real, is_real), x0, x0,
         T=T, method=method, memory=memory, relaxation=float(relaxation),
     )  # fmt: skip
     expose(problem, is_live(value), bool(options.get("unroll")))

@@ -12,7 +12,7 @@ from pullback.functionals import Functional
 from pullback.functionals.arithmetic import is_live
 from pullback.solvers.descent import Descent, start
 from pullback.solvers.lbfgs import LBFGS, check_memory
-from pullback.solvers.nonlinear import Function, Spaces, expose, is_complex, member_dims, minimiser, probe
+from pullback.solvers.nonlinear import Function, expose, is_complex, member_dims, minimiser, probe, stand_in
 from pullback.solvers.nonlinear_cg import NonlinearCG, check_variant
 from pullback.solvers.problem import Problem
 from pullback.solvers.run import Options, run
@@ -76,7 +76,7 @@ def minimize(
             raise DtypeError(f"{method}: f(x) must be real and floating point; got {value.dtype}; use f(x).real")
         depends = is_live(value)
     is_real = not is_complex(x0)
-    problem = Problem(method, Spaces(dims, dims, is_real, is_real), x0, x0, f=f, memory=memory, variant=variant)
+    problem = Problem(method, stand_in(dims, dims, is_real, is_real), x0, x0, f=f, memory=memory, variant=variant)
     if isinstance(f, Functional):
         with torch.no_grad():
             f._grad(start(problem), problem.n_x)

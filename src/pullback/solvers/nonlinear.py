@@ -22,7 +22,7 @@ from pullback.solvers.scalars import Number
 from pullback.solvers.status import ConvergenceError, Solution, Status
 
 
-class Spaces(LinearOperator):
+class _Spaces(LinearOperator):
     """The place of A in problems whose map is no linear operator: it tells where x and y live and cannot be applied."""
 
     def __init__(self, dims: Any, dimsd: Any, real_domain: bool, real_range: bool) -> None:
@@ -31,6 +31,11 @@ class Spaces(LinearOperator):
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         return real_of(dtype) if (self._real_domain if adjoint else self._real_range) else complex_of(dtype)
+
+
+def stand_in(dims: Any, dimsd: Any, real_domain: bool, real_range: bool) -> LinearOperator:
+    """The A of a problem whose map is not linear: shapes, and whether they are real."""
+    return _Spaces(dims, dimsd, real_domain, real_range)
 
 
 class Function(torch.nn.Module):
@@ -77,7 +82,7 @@ def spaces(owner: str, F: Any, y: Any, x0: Any) -> tuple[LinearOperator, Any, bo
     value = probe(owner, F, x0, dims)
     if value.shape != dimsd:
         raise ShapeError(f"{owner}: A(x) must have shape {dimsd}, that of y; got {tuple(value.shape)}")
-    return Spaces(dims, dimsd, not is_complex(x0), not value.is_complex()), F, is_live(value)
+    return stand_in(dims, dimsd, not is_complex(x0), not value.is_complex()), F, is_live(value)
 
 
 def _shape(owner: str, t: Any, name: str) -> tuple[int, ...]:
@@ -142,7 +147,7 @@ def require_dependence(value: Tensor) -> None:
 # Jacobians ----------------------------------------------------------------------------------------------------------
 
 
-class Jacobian(LinearOperator):
+class _Jacobian(LinearOperator):
     """v -> F'(x) v, each member of v with its own member of x; `value` is F(x).
 
     Without derivatives the graph of F at x is made once, and an application is one or two passes through it.
@@ -195,7 +200,7 @@ class Jacobian(LinearOperator):
         return torch.autograd.grad(pulled, self.seed, x, retain_graph=True, materialize_grads=True)[0]
 
 
-class Blocks(LinearOperator):
+class _Blocks(LinearOperator):
     """One operator for each member of a batch."""
 
     _native = True
@@ -235,8 +240,8 @@ def linearization(F: Any, x: Tensor, n: int, live: bool) -> tuple[Tensor, Linear
     elif _has_own(F):
         if x.ndim == n:
             return F._run(x), F.linearize(x)
-        return F._run(x), Blocks([F.linearize(row) for row in x.reshape(-1, *F.dims)])
-    J = Jacobian(F, x, n, live)
+        return F._run(x), _Blocks([F.linearize(row) for row in x.reshape(-1, *F.dims)])
+    J = _Jacobian(F, x, n, live)
     return J.value, J
 
 
