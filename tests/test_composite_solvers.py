@@ -153,6 +153,7 @@ def test_cvxpy_nonnegative_group_and_elastic_net():
         close(method(B, y, 0.4 * L21((2, 4), axis=0), **TIGHT).x, best)
 
 
+@pytest.mark.slow
 def test_cvxpy_robust_and_poisson_data():
     matrix, A, y = system(m=20, n=6)
     y[3] += 10

@@ -89,7 +89,7 @@ def test_networks_that_are_told_the_noise(tmp_path):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file dncnn6M.mpk"):
+    with pytest.raises(FileNotFoundError, match=r"neither dncnn6M.mpk nor a scico wheel in it"):
         DnCNN.load(tmp_path)
     (tmp_path / "dncnn6M.mpk").write_bytes(b"nothing of the kind")
     with pytest.raises(FileFormatError, match="not a msgpack file of arrays"):
@@ -97,6 +97,8 @@ def test_bad_files(tmp_path):
     (tmp_path / "dncnn6M.mpk").write_bytes(packed({"params": {"conv_start": {}}, "batch_stats": {}}))
     with pytest.raises(FileFormatError, match="not the weights of a DnCNN"):
         DnCNN.load(tmp_path)
+    with pytest.raises(ArgumentError, match="name must be one of 6L, 6M, 6H, 6N, 17L"):
+        DnCNN.load(tmp_path, "6X")
     with pytest.raises(ShapeError, match=r"must have shape \(..., n_y, n_x\)"):
         DnCNN(3, 2)(torch.ones(5))
     with pytest.raises(ArgumentError, match="depth must be >= 2"):

@@ -20,7 +20,7 @@ def test_tv_prox_gradcheck():
 
 
 @pytest.mark.parametrize("isotropic", [True, False])
-@pytest.mark.parametrize("dims", [(12,), (6, 7), (3, 4, 5)])
+@pytest.mark.parametrize("dims", [(12,), *(pytest.param(d, marks=pytest.mark.slow) for d in ((6, 7), (3, 4, 5)))])
 def test_tv_value_and_prox_against_smoothed_minimisation(dims, isotropic):
     x, step = randn(*dims), 0.4
     f = TV(dims, isotropic, maxiter=20000, rtol=1e-6)
@@ -144,7 +144,7 @@ def test_symmetrized_gradient(dims):
     assert check(_SymmetrizedGradient(dims, (1.0, 0.5, 2.0)[: len(dims)])).ok
 
 
-@pytest.mark.parametrize("dims", [(12,), (6, 7), pytest.param((3, 4, 5), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dims", [(12,), *(pytest.param(d, marks=pytest.mark.slow) for d in ((6, 7), (3, 4, 5)))])
 def test_tgv_is_zero_for_ramps_and_at_most_tv(dims):
     f = TGV(dims, maxiter=2000, rtol=1e-4)
     axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in dims), indexing="ij")

@@ -271,6 +271,18 @@ def test_callback_and_maxiter(name, run, k):
 
 
 @every
+def test_callback_stops_members(name, run, k):
+    _, A, y = system(torch.float64, batch=(3,))
+    s = run(A, y, callback=lambda s: torch.tensor([s.iteration >= 1, s.iteration >= 3, False]), **(k | {"maxiter": 5}))
+    assert s.member_iterations[:2].tolist() == [1, 3]
+    assert s.statuses[0] is s.statuses[1] is Status.CALLBACK
+    assert torch.equal(s.x[0], run(A, y, **(k | {"maxiter": 1})).x[0])
+    with pytest.raises(ArgumentError, match=r"callback must return a bool, or one for each member .* got shape \(2,\)"):
+        run(A, y, callback=lambda s: torch.tensor([True, False]), **k)
+    assert run(A, y[0], callback=lambda s: torch.tensor([True]), **k).iterations == 0
+
+
+@every
 def test_progress_bar(name, run, k, capfd):
     _, A, y = system(torch.float64)
     run(A, y, **k)
@@ -417,7 +429,9 @@ def test_fista_with_other_functionals():
     torch.testing.assert_close(s.x, b, atol=1e-3, rtol=0)  # x0 = 0 and y = 0 must not end the iteration
 
 
-@pytest.mark.parametrize("terms", ["L1", "L1 of gradient", "TV and box", "L21 and L2"])
+@pytest.mark.parametrize(
+    "terms", ["L1", pytest.param("L1 of gradient", marks=pytest.mark.slow), "TV and box", "L21 and L2"]
+)
 def test_pdhg_against_fista_or_optimality(terms):
     dims = (4, 5)
     matrix = randn(24, 20) / 4

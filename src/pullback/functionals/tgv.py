@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,13 +72,17 @@ class TGV(Functional):
         self.valid = valid  # where grad x is a difference; elsewhere w = 0
 
     def _value(self, x: Tensor, n: int) -> Tensor:
-        return self._iterate(x, None, n)
+        return self._iterate(x, None, n)[0]
 
     def _prox(self, x: Tensor, step: Step, n: int) -> Tensor:
-        return self._iterate(x, step, n)
+        return self._iterate(x, step, n)[0]
 
-    def _iterate(self, x: Tensor, step: Step | None, n: int) -> Tensor:
-        """The prox; without step, u = x stays fixed and the result is the least energy."""
+    def _prox_from(self, x: Tensor, step: Step, n: int, dual: Any = None) -> tuple[Tensor, Any, Tensor | None]:
+        u, dual, energy = self._iterate(x, step, n, dual)
+        return u, dual, energy / member(step, n)
+
+    def _iterate(self, x: Tensor, step: Step | None, n: int, start: Any = None) -> tuple[Tensor, Any, Tensor]:
+        """The prox, where it ended, step times its value. Without step u = x is fixed, and the energy comes first."""
         gradient, sym, g, m = self.gradient, self.symmetrized, self.outer_norm, n + 1
         number = 1.0 if step is None else lift(member(step, n), m)
         first, second = number * self.alpha[0], number * self.alpha[1]
@@ -93,9 +98,12 @@ class TGV(Functional):
         tau, sigma = length / balance, length * balance
         w = w_ahead = p = torch.zeros_like(slope)
         q = torch.zeros_like(sym._run(w))
+        if start is not None:
+            u, w, p, q = start
+            ahead, w_ahead = u, w
         done = torch.zeros(x.shape[: x.ndim - n], dtype=torch.bool, device=x.device)
         result: Tensor | None = None
-        answer = x
+        answer, energy = x, torch.zeros_like(done, dtype=x.dtype.to_real())
         for k in range(1, self.maxiter + 1):
             if step is not None:
                 slope = gradient._run(ahead)
@@ -117,9 +125,9 @@ class TGV(Functional):
                 flags = newly if step is None else newly.reshape(newly.shape + (1,) * n)
                 result = answer if result is None else torch.where(flags, answer, result)
                 if bool(done.all()):
-                    return result
+                    return result, (u, w, p, q), energy
         kept = done if step is None else done.reshape(done.shape + (1,) * n)
-        return answer if result is None else torch.where(kept, result, answer)
+        return answer if result is None else torch.where(kept, result, answer), (u, w, p, q), energy
 
     def _energy(self, u: Tensor, w: Tensor, first: Step, second: Step, n: int) -> Tensor:
         m = n + 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pullback.core.errors import ArgumentError, FileFormatError, ShapeError
 
+_NAMES = ("6L", "6M", "6H", "6N", "17L", "17M", "17H", "17N")
 _EPSILON = 1e-5  # of the batch normalisation in flax
 _ARRAY = 1  # the extension type under which flax stores an array
 
@@ -70,6 +71,8 @@ class DnCNN(torch.nn.Module):
 
         Raises: FileFormatError, FileNotFoundError, ModuleNotFoundError without the package msgpack.
         """
+        if name not in _NAMES:
+            raise ArgumentError(f"DnCNN.load: name must be one of {', '.join(_NAMES)}; got {name!r}")
         tree = _unpack(_read(Path(path), f"dncnn{name}.mpk"), str(path))
         try:
             return cls._of(tree["params"], tree["batch_stats"])
@@ -99,9 +102,9 @@ class DnCNN(torch.nn.Module):
 
 def _read(path: Path, file: str) -> bytes:
     if path.is_dir():
-        found = sorted(path.rglob(file))
+        found = sorted(path.rglob(file)) or sorted(path.glob("scico-*.whl"))
         if not found:
-            raise FileNotFoundError(f"{path}: no file {file} in it")
+            raise FileNotFoundError(f"{path}: neither {file} nor a scico wheel in it")
         path = found[0]
     if path.suffix != ".whl":
         return path.read_bytes()

@@ -211,8 +211,14 @@ class Restriction(LinearOperator):
             index = index.nonzero().flatten()
         if index.ndim != 1 or index.numel() == 0 or index.is_floating_point() or index.is_complex():
             raise ArgumentError(
-                f"Restriction: iava must be a non-empty list of integer indices; got {index.dtype} of shape "
-                f"{tuple(index.shape)}"
+                f"Restriction: iava must be a non-empty list of integer indices, or a mask of the axis; got "
+                f"{index.dtype} of shape {tuple(index.shape)}"
+                + (
+                    "; for a mask of the whole array write Restriction(mask.numel(), mask.flatten()) @ "
+                    "Identity(mask.shape), or Diagonal(mask.float())"
+                    if index.dtype == torch.bool and index.ndim > 1
+                    else ""
+                )
             )
         n = shape[a]
         if int(index.min()) < -n or int(index.max()) >= n:

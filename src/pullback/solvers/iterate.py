@@ -16,7 +16,7 @@ from pullback.solvers.problem import Problem
 from pullback.solvers.scalars import Number, detach
 from pullback.solvers.status import CODES, ConvergenceError, Solution, Status
 
-Callback = Callable[[Any], bool | None]
+Callback = Callable[[Any], bool | torch.Tensor | None]
 Progress = bool | Literal["always"]
 
 _BLIND = 8  # iterations between two looks at the error on devices where looking waits for the device
@@ -130,7 +130,11 @@ def _loop(
     every = 1 if problem.y.device.type == "cpu" else _BLIND
     k = state.iteration
     while True:
-        stop = callback is not None and bool(callback(state))
+        answer = None if callback is None else callback(state)
+        if isinstance(answer, torch.Tensor) and answer.ndim:
+            stop = members.stop(state, answer)
+        else:
+            stop = bool(answer)
         if (k % every == 0 or k >= maxiter or stop) and members.judge(state):
             break
         if stop or k >= maxiter:

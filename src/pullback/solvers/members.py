@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pullback.core.errors import ArgumentError
 from pullback.solvers.problem import Problem
 from pullback.solvers.scalars import Number
 from pullback.solvers.status import CODES, Solution, Status
@@ -48,6 +49,10 @@ class Single:
                 self.good, self.least = state.x.clone(), error
             return False
         return True
+
+    def stop(self, state: Any, wanted: Tensor) -> bool:
+        """Whether the callback, which answered with a tensor, stops the member."""
+        return bool(wanted.any())
 
     def end(self, state: Any, status: Status) -> None:
         """Stop in any case."""
@@ -137,6 +142,19 @@ class Batch:
             self.kept = x.clone() if x is state.x and not bool((self.codes != 0).all()) else x
         else:
             self.kept = torch.where(lift(members), x, self.kept)
+
+    def stop(self, state: Any, wanted: Tensor) -> bool:
+        """Stop the members that the callback names; whether none is left."""
+        if wanted.shape != self.codes.shape:
+            raise ArgumentError(
+                f"{self.problem.owner}: callback must return a bool, or one for each member of the batch, shape "
+                f"{tuple(self.codes.shape)}; got shape {tuple(wanted.shape)}"
+            )
+        running = self.codes == 0
+        stopped = wanted.to(self.codes.device, torch.bool) & running
+        if bool(stopped.any()) and not bool((stopped == running).all()):
+            self._stop(state, stopped, CODES.index(Status.CALLBACK))
+        return bool((stopped == running).all())
 
     def end(self, state: Any, status: Status) -> None:
         """Stop the members that still run."""

@@ -195,7 +195,8 @@ def plug_and_play(
         sigma: if given, N is called as denoiser(x, sigma); a number or a tensor, which may require grad.
         data_term: a smooth functional of A x - y for "pgd" and "fista"; half the squared norm if None.
         x0: where to start, of shape (..., *A.dims); zero if None.
-        step: 1 / (L |A|^2) if None, L a Lipschitz constant of grad D. For "admm" and "hqs" the penalty is 1 / step.
+        step: 1 / (L |A|^2) if None, L a Lipschitz constant of grad D. For "admm" and "hqs" the penalty is 1 / step, and
+            a step near (noise that N is trained for)^2 / (noise of y)^2 is a good start.
         maxiter, rtol, atol: stop when |x_new - x| <= max(rtol |x_new|, atol), or after maxiter iterations.
         options: see `pullback.solvers.run.Options`.
 

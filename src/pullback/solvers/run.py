@@ -25,7 +25,8 @@ class Options(TypedDict, total=False):
     """What every solver takes besides its own arguments.
 
     Args:
-        callback: called as callback(state) before the first and after every iteration; True stops all members.
+        callback: called as callback(state) before the first and after every iteration; True stops all members, a tensor
+            of bools those that it names.
         progress: show a progress bar on stderr, if that is a terminal ("always": even if it is not).
         throw: raise ConvergenceError if a member does not converge.
         unroll: differentiate through the iterations. Default: implicit derivatives, those of the exact solution, by one

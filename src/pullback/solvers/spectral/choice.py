@@ -107,7 +107,7 @@ def discrepancy(
     Returns: Choice. Where no parameter fits (the residual of least squares is larger, or |y| smaller than the noise)
     the nearest is taken, and `note` says so.
     Raises: ArgumentError, ShapeError, DtypeError, NotDifferentiableError.
-    Cost: a decomposition; for large A about ten LSQR solves (root finding on log alpha, to 0.1 % of the residual).
+    Cost: a decomposition; for large A about twenty LSQR solves (root finding on log alpha, and the curve).
     Source: V. Morozov 1966, Soviet Math. Dokl. 7, 414.
     """
     problem, family = _family("discrepancy", A, y, L, filter, rtol, maxiter)
