@@ -8,7 +8,7 @@ import torch
 from pullback.core.errors import ArgumentError
 from pullback.functionals import L1, TV
 from pullback.linops import MatrixMult
-from pullback.solvers import fista, ista, landweber, pdhg
+from pullback.solvers import admm, condat_vu, davis_yin, douglas_rachford, fista, hqs, ista, landweber, pdhg
 from pullback.solvers.unrolled import LearnedProx, Unrolled
 
 D = torch.float64
@@ -34,6 +34,11 @@ SOLVERS = {
     "fista": (fista, ["step", "weight"], {"g": 0.1 * L1()}),
     "landweber": (landweber, ["step"], {}),
     "pdhg": (pdhg, ["weight"], {"regularizer": 0.1 * TV(6)}),
+    "admm": (admm, ["penalty", "weight"], {"regularizer": 0.1 * TV(6), "penalty": 1.0}),
+    "condat_vu": (condat_vu, ["balance", "weight"], {"regularizer": 0.1 * TV(6)}),
+    "douglas_rachford": (douglas_rachford, ["step", "weight"], {"regularizer": 0.1 * L1(), "step": 0.5}),
+    "davis_yin": (davis_yin, ["step", "weight"], {"regularizer": 0.1 * L1()}),
+    "hqs": (hqs, ["beta", "weight"], {"regularizer": 0.1 * L1()}),
 }
 
 
@@ -60,7 +65,7 @@ def test_gradients_of_what_is_learned(name):
         return torch.func.functional_call(net, table, (MatrixMult(matrix), y))
 
     assert torch.autograd.gradcheck(lambda y, *v: run(y, matrix, *v), (y.requires_grad_(), *thetas))
-    if name != "pdhg":  # whose steps depend on |A| and count as constants
+    if name in ("ista", "fista", "landweber"):  # the steps of the others depend on |A| and count as constants
         net.arguments["step"] = 0.01
         assert torch.autograd.gradcheck(lambda m, *v: run(y.detach(), m, *v), (matrix.requires_grad_(), *thetas))
 
@@ -117,6 +122,8 @@ def test_bad_input():
     A, y = MatrixMult(randn(8, 6)), randn(8, seed=1)
     with pytest.raises(ArgumentError, match=r"pdhg has no number 'rho' to learn; it has balance, weight"):
         Unrolled(pdhg, 2, ["rho"], regularizer=L1())(A, y)
+    with pytest.raises(ArgumentError, match=r"Unrolled: give penalty=\.\.\., the number from which learning starts"):
+        Unrolled(admm, 2, ["penalty"], regularizer=L1())(A, y)
     with pytest.raises(ArgumentError, match="n must be an int >= 1; got 0"):
         Unrolled(ista, 0)
     with pytest.raises(ArgumentError, match="learn must be a list of names"):

@@ -65,17 +65,24 @@ class HQS:
     def step(self, state: _State) -> None:
         """z_i = prox_{g_i / beta_i}(K_i x), then x in closed form."""
         pb = self.problem
-        grown = math.log(self.beta) + state.iteration * math.log(self.rate)  # the power itself would overflow
-        beta = math.exp(grown) if grown < math.log(self.beta_max) else self.beta_max
+        beta = self._weight_at(state.iteration)
         total = self.pulled
         for w, b, k in zip(self.weights, self.blocks, state.ku, strict=True):
-            weight = beta * w
+            weight = beta * w  # a float, or a tensor without axes
             total = total + weight * b.pull(b.g._prox(k, 1 / weight, b.n), pb.x_dtype)
         x = self.inner.solve(total, beta, state.x)
         change = ratio(pb.norm(x - state.x, pb.n_x), pb.norm(x, pb.n_x))
-        state.error = change if beta == self.beta_max else pb.fill(torch.inf)
+        state.error = change if bool(beta == self.beta_max) else pb.fill(torch.inf)
         state.x, state.image, state.ku = x, pb.A(x), [b.op(x) for b in self.blocks]
         state.values = self._values(x, state.image, state.ku)
+
+    def _weight_at(self, k: int) -> Any:
+        if any(isinstance(c, Tensor) for c in (self.beta, self.rate, self.beta_max)):  # learned: few iterations
+            return torch.minimum(
+                self.beta * self.rate**k, torch.as_tensor(self.beta_max, dtype=self.problem.y.dtype.to_real())
+            )
+        grown = math.log(self.beta) + k * math.log(self.rate)  # the power itself would overflow
+        return math.exp(grown) if grown < math.log(self.beta_max) else self.beta_max
 
     def _values(self, x: Tensor, image: Tensor, ku: list[Tensor]) -> dict[str, Any]:
         return report(self.problem, self.data, image, [(b.g, k, b.n) for b, k in zip(self.blocks, ku, strict=True)])

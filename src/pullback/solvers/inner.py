@@ -232,7 +232,7 @@ class Inner:
         found = []
         for apply in (self.gram, self.penalty):
             values = transform.values(apply(impulse), centre)
-            found.append(values.clamp(min=1e-4 * float(values.max())))
+            found.append(values.clamp(min=1e-4 * float(values.detach().max())))
         self.transform = transform
         self.a, self.b = (v.to(pb.y.dtype.to_real()) for v in found)
         self._calibrate()
@@ -241,7 +241,11 @@ class Inner:
         """How many steps `descend` takes: as many as reduce a residual to a tenth on a random x, at a middling rho."""
         pb = self.problem
         probe = _random(self.dims, pb.x_dtype.is_complex, pb.y.device).to(pb.x_dtype)
-        rho = 0.1 * float(self.a.max()) / float(self.b.max()) if float(self.a.max()) > 0 else 1.0
+        rho = (
+            0.1 * float(self.a.detach().max()) / float(self.b.detach().max())
+            if float(self.a.detach().max()) > 0
+            else 1.0
+        )
 
         def apply(v: Tensor) -> Tensor:
             self.steps += 1
@@ -327,7 +331,7 @@ def _as(values: Tensor, dtype: torch.dtype) -> Any:
     """Eigenvalues in the precision of the data; one number where they are all the same."""
     values = values.to(dtype.to_real())
     if not is_live(values) and bool((values == values.flatten()[0]).all()):
-        return float(values.flatten()[0])
+        return float(values.detach().flatten()[0])
     return values
 
 

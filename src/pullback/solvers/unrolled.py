@@ -18,6 +18,9 @@ from pullback.solvers.problem import Problem
 from pullback.solvers.status import Solution
 
 
+_GRADIENT_STEPS = ("ista", "fista", "landweber", "davis_yin", "plug_and_play")  # step=None is `default_step` there
+
+
 class LearnedProx(Functional):
     """A functional that is known by its prox alone: prox(x, step) = module(x).
 
@@ -118,12 +121,14 @@ class Unrolled(torch.nn.Module):
                 for term in terms:
                     new.parts[term] = new.parts[term] * factor
                 continue
-            known = [p for p, v in new.parts.items() if p == "step" or isinstance(v, (float, Tensor))]
+            known = [p for p, v in new.parts.items() if p in ("step", "penalty") or isinstance(v, (float, Tensor))]
             if name not in known:
                 raise ArgumentError(
                     f"Unrolled: {problem.owner} has no number {name!r} to learn; it has "
                     f"{', '.join([*known, *(['weight'] if terms else [])])}"
                 )
+            if new.parts[name] is None and not (name == "step" and problem.owner in _GRADIENT_STEPS):
+                raise ArgumentError(f"Unrolled: give {name}=..., the number from which learning starts")
             value = default_step(problem) if name == "step" else new.parts[name]
             new.parts[name] = value * factor.to(problem.y.dtype.to_real())
         new._look()
