@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pullback.core.errors import ArgumentError, ShapeError
-from pullback.functionals import L0, L1, L2, L21, TV, Box, Huber, KullbackLeibler, SquaredL2
+from pullback.functionals import L0, L1, L2, L21, TV, Box, Huber, KullbackLeibler, Simplex, SquaredL2
 from pullback.linops import (
     FFT2D,
     Convolve2D,
@@ -610,6 +610,24 @@ def test_bad_input():
     with pytest.raises(ShapeError, match=r"acts on dims \(3,\), but A's input has dims"):
         admm(A, y, L1(3))
     assert math.isfinite(float(solve(A, y, L1()).history["objective"][-1]))
+
+
+@pytest.mark.parametrize("seed", [70, 183, 259, 275])
+def test_fista_does_not_take_a_rest_for_the_end(seed):
+    matrix, y = randn(8, 6, seed=seed) / 2, randn(8, seed=seed + 50)
+    A = MatrixMult(matrix)
+    s, other = fista(A, y, Simplex(1.0), rtol=1e-9, maxiter=5000), ista(A, y, Simplex(1.0), rtol=1e-11, maxiter=50000)
+    torch.testing.assert_close(s.x, other.x, atol=1e-6, rtol=0)
+
+
+def test_condat_vu_does_not_swing_where_the_norm_is_exact():
+    torch.manual_seed(11)
+    A = MatrixMult(torch.randn(11, 9, dtype=torch.float64) / 2)
+    for seed in range(6):
+        y = randn(11, seed=seed)
+        s = condat_vu(A, y, 0.1 * L1(), maxiter=5000, rtol=1e-10)
+        assert s.status is Status.CONVERGED
+        torch.testing.assert_close(s.x, fista(A, y, 0.1 * L1(), maxiter=5000, rtol=1e-12).x, atol=1e-7, rtol=0)
 
 
 def test_davis_yin_takes_the_prox_of_tv():

@@ -17,7 +17,6 @@ from pullback.solvers.composite import default_step
 from pullback.solvers.problem import Problem
 from pullback.solvers.status import Solution
 
-
 _GRADIENT_STEPS = ("ista", "fista", "landweber", "davis_yin", "plug_and_play")  # step=None is `default_step` there
 
 
