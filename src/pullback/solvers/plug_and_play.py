@@ -92,12 +92,14 @@ class PlugAndPlay:
         pb = self.problem
         x = getattr(self, f"_{self.method}")(state)
         image = pb.A(x)
+        before = state.x
         if self.method == "fista":
+            before = state.z  # x itself may rest for a moment while z moves on
             t = (1 + (1 + 4 * state.t**2) ** 0.5) / 2
             momentum = (state.t - 1) / t
             state.t = t
             state.z, state.az = x + momentum * (x - state.x), image + momentum * (image - state.image)
-        state.error, state.scale = pb.norm(x - state.x, pb.n_x), pb.norm(x, pb.n_x)
+        state.error, state.scale = pb.norm(x - before, pb.n_x), pb.norm(x, pb.n_x)
         state.x, state.image = x, image
         state.values = {"residual": report(pb, self.data, image, [])["residual"]}
         state.verdict = above(state.values["residual"], state.ceiling)
@@ -197,7 +199,8 @@ def plug_and_play(
         x0: where to start, of shape (..., *A.dims); zero if None.
         step: 1 / (L |A|^2) if None, L a Lipschitz constant of grad D. For "admm" and "hqs" the penalty is 1 / step, and
             a step near (noise that N is trained for)^2 / (noise of y)^2 is a good start.
-        maxiter, rtol, atol: stop when |x_new - x| <= max(rtol |x_new|, atol), or after maxiter iterations.
+        maxiter, rtol, atol: stop when |x_new - x| (for "fista" |x_new - z|, z the extrapolated point) is at most
+            max(rtol |x_new|, atol), or after maxiter iterations.
         options: see `pullback.solvers.run.Options`.
 
     "pgd", "fista" and "admm" have the same fixed points for the same step; those of "hqs" satisfy
