@@ -311,8 +311,9 @@ class Composed(Functional):
         m, c = len(self.op.dimsd), self._tight
         inner_step = lift(member(step, n), m) * c
         y = self.op._run(x)
-        p = self.g._prox(y, inner_step, m)
         whole = self.op._isometry() is not None  # then x = K^H K x / c
+        prox = self.g._prox_over if whole and not self.op._aliases else self.g._prox  # y is ours to overwrite
+        p = prox(y, inner_step, m)
         u = pull(self.op, p if whole else p - y, x)
         u = u if c == 1 else u / c
         return (u if whole else x + u), None, self.g._value(p, m)  # K u = p
