@@ -28,7 +28,7 @@ from pullback.solvers.composite import (
 from pullback.solvers.iterate import State
 from pullback.solvers.problem import Problem, add_scaled
 from pullback.solvers.run import Options, run
-from pullback.solvers.scalars import Number, detach, ratio, smaller, where
+from pullback.solvers.scalars import Number, detach, larger, ratio, smaller, where
 from pullback.solvers.status import Solution
 
 _TRIES = 60  # halvings of the step in one iteration
@@ -115,11 +115,12 @@ class ProximalGradient:
             r = self._image(x)
         # <z - x_new, x_new - x> > 0: the momentum points uphill.
         ahead = pb.dot(state.z - x, x - state.x, pb.n_x) if self.restart == "gradient" else 0.0
-        # From the extrapolated point: x itself may rest for a moment, on a face of a constraint, while z moves on.
+        # x itself may rest for a moment, on a face of a constraint, while the extrapolated point moves on.
         plain = state.z is state.x
         leap = None if plain else pb.norm(torch.sub(x, state.z, out=pb.own(state.z)), pb.n_x)
         d = torch.sub(x, state.x, out=pb.own(state.x))
-        state.error = pb.norm(d, pb.n_x) if leap is None else detach(leap)
+        move = pb.norm(d, pb.n_x)
+        state.error = move if leap is None else larger(move, leap)
         state.scale = pb.norm(x, pb.n_x)
         before = state.values["objective"]
         values = self._values(x, r, value)
@@ -309,7 +310,7 @@ def fista(
     Args:
         restart: forget the momentum of a member when it points uphill ("gradient": <z - x_new, x_new - x> > 0) or its
             objective has grown ("function"): linear convergence where the problem is strongly convex, known or not.
-        rtol, atol: bound |x_new - z|, z the extrapolated point. (x may rest on a constraint while z moves on.)
+        rtol, atol: bound |x_new - z| as well, z the extrapolated point: x may rest on a constraint while z moves on.
 
     Source: Beck & Teboulle 2009, doi 10.1137/080716542; restart: O'Donoghue & Candes 2015,
         doi 10.1007/s10208-013-9150-3.
