@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,9 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
-    wanted: Callable[[str], bool] = lambda name: arguments.only.lower() in name.lower()  # noqa: E731
+
+    def wanted(name: str) -> bool:
+        return arguments.only.lower() in name.lower()
 
     library = None if arguments.no_peer else peer()
     names = ["pullback"] + (["pykeops"] if library else [])

@@ -248,13 +248,18 @@ def measure(case: Case) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None) -> argparse.Namespace:
+    """The arguments of a benchmark that runs on one thread."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, for a look; the bars are for the full sizes")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = command_line(__doc__)
     print(f"pullback beside PyLops {pylops.__version__}, torch {torch.__version__}, {sys.platform}, 1 thread, float32")
     print(f"{'':40}{'ours min':>11}{'median':>11}{'pylops min':>11}{'median':>11}   {'ratio':>8} {'bar':>9}")
     for case in cases(arguments.quick):

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ def best(f: Callable[[], Any], repeats: int = 30, least: float = 0.004) -> float
             f()
         times.append((time.perf_counter() - start) / count)
     return min(times)
+
+
+def each_member(run: Callable[..., Any], A: Any, B: torch.Tensor, count: int) -> None:
+    """One call a member."""
+    for b in B:
+        run(A, b, maxiter=count)
 
 
 def cases() -> dict[str, tuple[str, Callable[..., Any]]]:
@@ -88,17 +95,17 @@ def main(names: list[str]) -> None:
         y = B[0]
         x = torch.randn(50, dtype=torch.float64)
         H = A.H
-        once = best(lambda: A(x))  # noqa: B023
-        back = best(lambda: H(y)) if "H" in calls else 0.0  # noqa: B023
+        once = best(partial(A, x))
+        back = best(partial(H, y)) if "H" in calls else 0.0
         operator = once + back if "H" in calls else once * len(calls.split(","))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             count = run(A, y, maxiter=100).iterations
-            setup = best(lambda: run(A, y, maxiter=0))  # noqa: B023
-            each = (best(lambda: run(A, y, maxiter=count)) - setup) / count  # noqa: B023
+            setup = best(partial(run, A, y, maxiter=0))
+            each = (best(partial(run, A, y, maxiter=count)) - setup) / count
             few = min(count, 20)
-            loop = best(lambda: [run(A, b, maxiter=few) for b in B], 5)  # noqa: B023
-            batch = best(lambda: run(A, B, maxiter=few), 10)  # noqa: B023
+            loop = best(partial(each_member, run, A, B, few), 5)
+            batch = best(partial(run, A, B, maxiter=few), 10)
         overhead, gain = (each - operator) * 1e6, loop / batch
         marks = ("  over budget" if overhead > BUDGET else "") + ("  slow batch" if gain < SPEEDUP else "")
         print(

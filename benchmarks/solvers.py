@@ -18,10 +18,8 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ[_name] = "1"
 
-import argparse
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,7 +27,7 @@ from typing import Any
 import numpy as np
 import pylops
 import torch
-from operators import Call, Case, blur, cgls, measure, scene, whole
+from operators import Call, Case, blur, cgls, command_line, measure, scene, whole
 from pylops.optimization.sparsity import fista as pylops_fista
 
 import pullback as pb
@@ -189,12 +187,7 @@ def total_variation(n: int, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, for a look; the bars are for the full sizes")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    arguments = command_line(__doc__)
     print(f"pullback beside PyLops {pylops.__version__}, torch {torch.__version__}, 1 thread, float32")
     print(f"{'':40}{'ours min':>11}{'median':>11}{'peer min':>11}{'median':>11}   {'ratio':>8} {'bar':>9}")
     for case in cases(arguments.quick):

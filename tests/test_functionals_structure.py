@@ -393,3 +393,16 @@ def test_every_functional_is_shown_and_exported():
             "L1Ball(2)", "Simplex(1, axis=-1)", "SCAD(0.3, 3.7)", "KullbackLeibler()", "Lp(0.5)",
             "Stack([L1(dims=(3,)), 2 * L2(dims=(4,))])",
         )  # fmt: skip
+
+
+def test_data_of_operators_must_fit():
+    K = MatrixMult(torch.ones(5, 3, dtype=torch.float64))
+    S = MatrixMult(torch.eye(3, dtype=torch.float64))
+    for make in (lambda b: LeastSquares(K, b), lambda b: AffineSet(K, b)):
+        with pytest.raises(ShapeError, match=r": b must broadcast against K x of shape \(5,\); got \(3,\)"):
+            make(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ShapeError, match=r"Quadratic: b must broadcast against K x of shape \(3,\); got \(2,\)"):
+        Quadratic(S, torch.ones(2, dtype=torch.float64))
+    x = torch.ones(3, dtype=torch.float64)
+    assert LeastSquares(K, 1.0)(x) == 10.0  # |3 - 1|^2 / 2 in five rows
+    assert LeastSquares(K, torch.ones(2, 5, dtype=torch.float64))(x.expand(2, 3)).tolist() == [10.0, 10.0]

@@ -559,3 +559,24 @@ def test_bad_input():
         solve(A, y, 0.1)
     with pytest.raises(ArgumentError, match="balance must be a finite number > 0"):
         pdhg(A, y, L1(), balance=0)
+
+
+def test_checkpoints_that_cannot_serve_are_refused(tmp_path):
+    _, A, y = system(torch.float64)
+    path = tmp_path / "state.pt"
+    with pytest.raises(ArgumentError, match="lies in a folder that does not exist; make it first"):
+        cgls(A, y, checkpoint=tmp_path / "missing" / "state.pt")
+    with pytest.raises(ArgumentError, match="checkpoint_every must be an int >= 1; got 0"):
+        cgls(A, y, checkpoint=path, checkpoint_every=0)
+    with pytest.raises(ArgumentError, match="a run with unroll=True cannot be saved"):
+        cgls(A, y.clone().requires_grad_(), checkpoint=path, unroll=True)
+    cgls(A, y, maxiter=2, rtol=0.0, checkpoint=path)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+    for other in (lambda: cgls(A, 2 * y, checkpoint=path), lambda: cgls(2 * A, y, checkpoint=path)):
+        with pytest.raises(ArgumentError, match="was saved for another problem"):
+            other()
+    with pytest.raises(ArgumentError, match="was saved for another problem"):
+        cgls(A, y, damp=0.1, checkpoint=path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ArgumentError, match="is not a state that a solver saved"):
+        cgls(A, y, checkpoint=path)

@@ -26,7 +26,7 @@ from pullback.functionals.arithmetic import (
     total,
 )
 from pullback.functionals.functional import Functional, Step
-from pullback.functionals.linear import conjugate_gradients, pull
+from pullback.functionals.linear import as_data, conjugate_gradients, pull
 from pullback.functionals.quadratic import require_operator
 
 
@@ -220,7 +220,7 @@ class AffineSet(Indicator):
         require_operator(op, "AffineSet")
         super().__init__(op.dims)
         self.op, self.maxiter, self.rtol = op, maxiter, rtol
-        self.b = interop.as_tensor(b, "b", "AffineSet")
+        self.b = as_data(b, op, "AffineSet")
 
     def _rest(self, x: Tensor) -> Tensor:
         y = self.op._run(x)

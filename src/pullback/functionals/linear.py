@@ -9,9 +9,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pullback.core import interop
+from pullback.core.errors import ShapeError
 from pullback.core.operator import LinearOperator
 from pullback.functionals.arithmetic import inner, is_live, lift, member, real_like
 from pullback.linops import Diagonal, Identity
+
+
+def as_data(b: Any, op: LinearOperator, owner: str) -> Tensor:
+    """A tensor b that broadcasts against K x; ShapeError if it does not."""
+    t = interop.as_tensor(b, "b", owner)
+    n = len(op.dimsd)
+    own = t.shape[-n:] if n else ()
+    if any(s not in (1, d) for s, d in zip(own[::-1], op.dimsd[::-1], strict=False)):
+        raise ShapeError(f"{owner}: b must broadcast against K x of shape {op.dimsd}; got {tuple(t.shape)}")
+    return t
 
 
 def pull(op: LinearOperator, y: Tensor, like: Tensor) -> Tensor:

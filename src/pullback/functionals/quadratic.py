@@ -13,7 +13,7 @@ from pullback.core.operator import LinearOperator
 from pullback.core.shapes import Dims
 from pullback.functionals.arithmetic import indicator, inner, member, point_like, squares, total
 from pullback.functionals.functional import Functional, Step
-from pullback.functionals.linear import pull, solve_shifted
+from pullback.functionals.linear import as_data, pull, solve_shifted
 
 
 class SquaredL2(Functional):
@@ -126,7 +126,7 @@ class LeastSquares(Functional):
         require_operator(op, "LeastSquares")
         super().__init__(op.dims)
         self.op, self.maxiter, self.rtol = op, maxiter, rtol
-        self.norm = SquaredL2(op.dimsd, b=b)
+        self.norm = SquaredL2(op.dimsd, b=None if b is None else as_data(b, op, "LeastSquares"))
 
     def _value(self, x: Tensor, n: int) -> Tensor:
         return self.norm._value(self.op._run(x), len(self.op.dimsd))
@@ -185,7 +185,7 @@ class Quadratic(Functional):
             raise ShapeError(f"Quadratic: op must map a space to itself; got {op.dims} -> {op.dimsd}")
         super().__init__(op.dims)
         self.op, self.maxiter, self.rtol = op, maxiter, rtol
-        self.b: Any = None if b is None else interop.as_tensor(b, "b", "Quadratic")
+        self.b: Any = None if b is None else as_data(b, op, "Quadratic")
         self.c: Any = c
 
     def _value(self, x: Tensor, n: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def _fingerprint(problem: Problem) -> str:
     digest = hashlib.sha256()
     modules = [m for m in (problem.A, *problem.parts.values()) if isinstance(m, torch.nn.Module)]
     held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    for m in modules:  # numbers that are no tensors, such as the 2 in 2 * A; an address says nothing in another process
+        digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(m)).encode())
     for t in (problem.y, problem.x0, *held):
         if t is not None:
             digest.update(t.detach().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +123,8 @@ def run(
         every = options.get("checkpoint_every", 50)
         if not isinstance(every, int) or every < 1:
             raise ArgumentError(f"{owner}: checkpoint_every must be an int >= 1; got {every!r}")
+        if not Path(path).resolve().parent.is_dir():
+            raise ArgumentError(f"{owner}: checkpoint {path} lies in a folder that does not exist; make it first")
         if problem.live and unroll:
             raise ArgumentError(f"{owner}: a run with unroll=True cannot be saved; leave checkpoint away")
         loop["checkpoint"] = Checkpoint(path, every)

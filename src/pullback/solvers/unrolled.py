@@ -53,8 +53,8 @@ class Unrolled(torch.nn.Module):
     Args:
         solver: any solver of this library that iterates, such as `pullback.ista` or `pullback.admm`.
         n: iterations.
-        learn: which numbers are learned: names of the solver's own arguments ("step", "rho", "eps" ...), and "weight"
-            for the factor before the regularizer. theta starts at 0: at first the network is the solver.
+        learn: which numbers are learned: names of the solver's own arguments ("step", "penalty", "damp" ...), and
+            "weight" for the factor before the regularizer. theta starts at 0: at first the network is the solver.
         prox: a module, applied in place of the prox of the regularizer in every iteration (shared weights), or a list
             of n modules.
         arguments: what the solver takes besides A, y and x0, such as `regularizer=0.1 * pullback.TV(dims)`.
