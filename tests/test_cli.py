@@ -109,7 +109,10 @@ def check_page(path, images):
 # Whole jobs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fbp", "cgls", "fista-tv", "pdhg-tv", "split-bregman-tv"])
+@pytest.mark.parametrize(
+    "method",
+    ["cgls", *(pytest.param(m, marks=pytest.mark.slow) for m in ("fbp", "fista-tv", "pdhg-tv", "split-bregman-tv"))],
+)
 def test_reconstruct_makes_a_volume_and_a_report(scan, tmp_path, call, method):
     out = tmp_path / "out"
     code, text, errors = call("reconstruct", scan, "--method", method, "--calibrate", "center", "--out", out)
@@ -173,6 +176,7 @@ def test_lengths_scale_the_attenuation(tmp_path, call):
     np.testing.assert_allclose(volumes[0], 2 * volumes[1], atol=2e-3 * volumes[0].max())
 
 
+@pytest.mark.slow
 def test_angles_are_calibrated_too(scan, tmp_path, call):
     out = tmp_path / "out"
     code, *_ = call("reconstruct", scan, "--method", "fbp", "--calibrate", "center,angles", "--out", out)
@@ -413,6 +417,7 @@ def test_control_c_in_a_real_process(scan, tmp_path):
 # The demo, and measured data ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, call):
     code, text, errors = call("demo", "--out", tmp_path / "demo")
     print(text)

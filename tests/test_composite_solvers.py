@@ -198,6 +198,7 @@ def test_methods_agree(case, dtype):
         torch.testing.assert_close(s.history["residual"][-1], (A(s.x) - y).norm(dim=-1))
 
 
+@pytest.mark.slow
 def test_smooth_data_terms_agree():
     _, A, y = system(batch=(2,))
     g = 0.1 * TV(N) + 0.3 * SquaredL2()  # strongly convex
@@ -630,6 +631,7 @@ def test_condat_vu_does_not_swing_where_the_norm_is_exact():
         torch.testing.assert_close(s.x, fista(A, y, 0.1 * L1(), maxiter=5000, rtol=1e-12).x, atol=1e-7, rtol=0)
 
 
+@pytest.mark.slow
 def test_davis_yin_takes_the_prox_of_tv():
     matrix, y = randn(12, N, seed=3), randn(12, seed=4).requires_grad_()
     A, tv = MatrixMult(matrix), 0.3 * TV(N, maxiter=3000, rtol=1e-9)

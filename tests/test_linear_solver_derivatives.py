@@ -168,7 +168,9 @@ def test_transforms_of_transforms(name):
     torch.testing.assert_close(both, torch.stack([jacrev(cost, 1)(batch, d) for d in damps]), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cg", "minres", "gmres", "bicgstab", "cgls", "lsmr"])
+@pytest.mark.parametrize(
+    "name", ["cg", "cgls", *(pytest.param(n, marks=pytest.mark.slow) for n in ("minres", "gmres", "bicgstab", "lsmr"))]
+)
 def test_members_with_their_own_damp(name):
     case = CASES[name]
     m, y = case.matrix(), data(case, torch.float64, 3).requires_grad_()

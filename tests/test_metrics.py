@@ -115,6 +115,7 @@ def scan(units=1.0, scale=1.0):
     return A, image, y + 0.3 * units * scale * noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_agree_with_the_truth(method):
     A, image, y = scan()

@@ -53,7 +53,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", [n if n == "matrix" else pytest.param(n, marks=pytest.mark.slow) for n in WRAPPED])
 def test_kit_passes(name):
     check(WRAPPED[name]()).raise_if_failed()
 
