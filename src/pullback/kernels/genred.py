@@ -10,6 +10,7 @@ from pullback.core.errors import ArgumentError
 from pullback.kernels.ir.expr import CATEGORY
 from pullback.kernels.ir.reductions import OVER_J
 from pullback.kernels.reduce import KINDS, Reducer
+from pullback.kernels.task import within
 
 # KeOps' name, or a spelling of its documentation -> (name here, needs formula2)
 _SPELLINGS = {
@@ -50,6 +51,8 @@ class Genred:
         use_double_acc: the same as dtype_acc="float64".
         sum_scheme: "auto", "direct_sum", "block_sum" or "kahan_scheme".
         dtype, cuda_type, enable_chunks, rec_multVar_highdim, use_fast_math: accepted from KeOps' programs and ignored.
+        tolerance: relative l2 error that sums may have. Functions of x - y in up to three dimensions then cost M + N
+            instead of M N; see `pullback.kernels.fast`. None: exact.
 
     Raises: ArgumentError or ShapeError that shows the place in the formula.
     """
@@ -70,7 +73,10 @@ class Genred:
         enable_chunks: bool = True,
         rec_multVar_highdim: Any = False,
         use_fast_math: bool = True,
+        tolerance: float | None = None,
     ) -> None:
+        within(tolerance)  # checks it
+        self.tolerance = tolerance
         self.formula, self.formula2, self.aliases = formula, formula2, tuple(aliases)
         self.reduction_op, self.axis = reduction_op, axis
         declared = language.declare(aliases)
@@ -112,7 +118,13 @@ class Genred:
         )
 
     def __call__(
-        self, *args: Any, backend: str = "auto", device_id: int = -1, ranges: Any = None, out: Any = None
+        self,
+        *args: Any,
+        backend: str = "auto",
+        device_id: int = -1,
+        ranges: Any = None,
+        out: Any = None,
+        tolerance: float | None = None,
     ) -> Any:
         """The reduction of these arguments: tensors give tensors, NumPy arrays give arrays.
 
@@ -123,8 +135,10 @@ class Genred:
             device_id: accepted and ignored: the work is done where the tensors lie.
             ranges: block-sparse pattern as in KeOps, see `pullback.kernels.cluster`.
             out: tensor that receives the result.
+            tolerance: in place of the one given at construction.
         """
-        return self._reduce(args, ranges=ranges, backend=backend, out=out)
+        tolerance = self.tolerance if tolerance is None else tolerance
+        return self._reduce(args, ranges=ranges, backend=backend, out=out, tolerance=tolerance)
 
     @property
     def reducer(self) -> Reducer:
@@ -137,7 +151,7 @@ class Genred:
         return self._reduce.expr
 
     def __reduce__(self) -> Any:
-        return Genred, self._arguments
+        return _rebuild, (self._arguments, {"tolerance": self.tolerance})
 
     def __repr__(self) -> str:
         over, kept = ("j", "M") if self.axis == OVER_J else ("i", "N")
@@ -147,3 +161,7 @@ class Genred:
             shape = ("(..., M, {})", "(..., N, {})", "(..., {})")[category].format(dim)
             lines.append(f"  {name}: {CATEGORY[category]}, {shape}")
         return "\n".join([*lines, f"  one result for each of the {kept} {'ij'[self.axis != OVER_J]}"])
+
+
+def _rebuild(arguments: tuple[Any, ...], options: dict[str, Any]) -> Genred:
+    return Genred(*arguments, **options)

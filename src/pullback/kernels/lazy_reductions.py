@@ -19,6 +19,7 @@ from pullback.kernels.lazy_base import Domain, LazyBase, join
 from pullback.kernels.lazy_data import from_pairs, to_pairs
 from pullback.kernels.lazy_expr import build, number_of, numbered, shelf, shelve, text_of
 from pullback.kernels.reduce import Reducer
+from pullback.kernels.task import within
 
 _IGNORED = {"device_id", "enable_chunks", "use_fast_math", "rec_multVar_highdim", "dtype", "cuda_type"}  # KeOps' own
 _WIDE = 64  # columns of a matrix that one pass takes: code is unrolled over them
@@ -106,18 +107,35 @@ class LazyReduction:
     `f = (Vi(0, 3) - Vj(1, 3)).sqnorm2().sum(1)`, then `f(x, y)`.
     """
 
-    def __init__(self, lazy: LazyBase, domain: Domain, reduce: Reducer, finish: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        lazy: LazyBase,
+        domain: Domain,
+        reduce: Reducer,
+        finish: Callable[[Any], Any],
+        tolerance: float | None = None,
+    ) -> None:
+        self.tolerance = tolerance
         self._lazy, self._domain, self._reducer, self._finish = lazy, domain, reduce, finish
         self.axis = reduce.axis
         self.reducer = reduce
         self.reduction_op = reduce.kind
 
-    def __call__(self, *args: Any, backend: str = "auto", ranges: Any = None, out: Any = None, **ignored: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        backend: str | None = None,
+        ranges: Any = None,
+        out: Any = None,
+        tolerance: float | None = None,
+        **ignored: Any,
+    ) -> Any:
         """The reduction for tensors or arrays that fill the slots in order; see `Reducer.__call__`."""
         _refuse_unknown(ignored)
         numpy = bool(args) and all(isinstance(a, np.ndarray) for a in args)
         given = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in args]
         ranges = self._lazy._ranges if ranges is None else ranges
+        backend = within(self.tolerance if tolerance is None else tolerance, backend or self._lazy.backend)
         y = self._reducer(self._domain.args(given), ranges=ranges, backend=backend, out=out)
         y = self._finish(y)
         return _to_numpy(y) if numpy else y
@@ -138,8 +156,8 @@ class LazyReductions(LazyBase):
 
     `axis` (or `dim`) counts all axes: batch axes first, then i, then j, then the components; or from the end: -3 is i,
     -2 is j, -1 are the components. Keyword arguments of every reduction: `call=False` gives a LazyReduction; `backend`,
-    `ranges`, `out`, `dtype_acc`, `use_double_acc`, `sum_scheme` as in Genred. KeOps' `device_id`, `enable_chunks` and
-    `use_fast_math` are accepted and have no effect.
+    `ranges`, `out`, `dtype_acc`, `use_double_acc`, `sum_scheme`, `tolerance` as in Genred. KeOps' `device_id`,
+    `enable_chunks` and `use_fast_math` are accepted and have no effect.
     """
 
     __slots__ = ()
@@ -174,6 +192,7 @@ class LazyReductions(LazyBase):
         dtype_acc: str = "auto",
         use_double_acc: bool = False,
         sum_scheme: str = "auto",
+        tolerance: float | None = None,
         **ignored: Any,
     ) -> Any:
         if ignored:
@@ -192,7 +211,8 @@ class LazyReductions(LazyBase):
         reduce = _reducer(kind, expr, domain.signature, over, g, k, correction, accumulator, sum_scheme)
         finish = self._finish
         if domain.symbolic or not call:
-            return LazyReduction(lead, domain, reduce, finish)
+            return LazyReduction(lead, domain, reduce, finish, tolerance)
+        backend = within(tolerance, backend or self.backend)
         return self._run(reduce, domain, domain.args(), lead._ranges if ranges is None else ranges, backend, out)
 
     def _run(

@@ -26,6 +26,7 @@ from pullback.kernels.lazy_expr import Shape, atom, build, text_of
 from pullback.kernels.lazy_reductions import LazyReductions
 from pullback.kernels.operator import KernelOperator
 from pullback.kernels.solve import solve_lazy
+from pullback.kernels.task import within
 
 
 class LazyTensor(LazyArithmetic, LazyReductions):
@@ -133,6 +134,15 @@ class LazyTensor(LazyArithmetic, LazyReductions):
     @ranges.setter
     def ranges(self, value: Any) -> None:
         self._ranges = value
+
+    def with_tolerance(self, tolerance: float | None) -> Any:
+        """The same formula, whose sums may have a relative l2 error of `tolerance`; None: exact again.
+
+        `K.with_tolerance(1e-6) @ b`, or as an operator in a solver. See `pullback.kernels.fast`.
+        """
+        new = make(self._expr, self, self._domain, self._complex)
+        new.backend = None if tolerance is None else within(tolerance)
+        return new
 
     @property
     def i(self) -> LazyTensor:

@@ -17,7 +17,7 @@ from pullback.kernels.ir.expr import CATEGORY, Expr, I, J, builders, variable, w
 from pullback.kernels.ir.reductions import OVER_J, Program
 from pullback.kernels.ir.rules import shortened
 from pullback.kernels.plan.ranges import Ranges, as_ranges
-from pullback.kernels.task import BACKENDS, event_rank, sizes, task
+from pullback.kernels.task import BACKENDS, event_rank, sizes, task, tolerance_of, within
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SELECTIONS = {
@@ -114,7 +114,15 @@ class Reducer:
 
     # Calling ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, args: Sequence[Any], *, ranges: Any = None, backend: str = "auto", out: Any = None) -> Any:
+    def __call__(
+        self,
+        args: Sequence[Any],
+        *,
+        ranges: Any = None,
+        backend: str = "auto",
+        out: Any = None,
+        tolerance: float | None = None,
+    ) -> Any:
         """Reduce. Tensors in, tensors out; arrays in, arrays out.
 
         Args:
@@ -123,6 +131,7 @@ class Reducer:
             ranges: block-sparse pattern: six integer tensors as in KeOps, or `Ranges`.
             backend: "auto", "llvm", "eager"; KeOps' "CPU" means "auto".
             out: tensor that receives the result.
+            tolerance: relative l2 error that is allowed; None: the exact sum.
 
         Raises: ShapeError, DtypeError, DeviceError, ArgumentError before anything runs.
         """
@@ -148,7 +157,11 @@ class Reducer:
                 self._raise(DeviceError, f"{self._where(args, lambda t: str(t.device))}; move them to one device")
         if backend != "auto":
             backend = self._backend(backend, args)
+        if tolerance is not None:
+            backend = within(tolerance, backend)
         if ranges is not None:
+            if tolerance_of(backend) is not None:
+                raise ArgumentError("ranges: a block-sparse pattern is summed exactly; leave the tolerance out")
             ranges = as_ranges(ranges, found[1], found[2])
         y = self._call(args, ranges, backend)
         if out is not None:
@@ -176,6 +189,8 @@ class Reducer:
             if not args or args[0].device.type == "cpu":
                 raise ArgumentError(f"backend={backend!r} needs tensors on a GPU; these lie on the CPU; use .cuda()")
             return "auto"
+        if tolerance_of(name) is not None:
+            return name
         if name not in BACKENDS:
             raise ArgumentError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
         return name

@@ -28,7 +28,7 @@ from pullback.kernels.operator import LinearForm, form_of
 from pullback.kernels.plan.ranges import Ranges, as_ranges
 from pullback.kernels.precondition import Apply, nystrom, pivoted_cholesky
 from pullback.kernels.reduce import Reducer
-from pullback.kernels.task import event_rank, task
+from pullback.kernels.task import event_rank, task, within
 
 _watch = threading.local()  # .found: a list that receives the SolveInfo of the solves in this thread
 
@@ -174,7 +174,7 @@ def _options(options: dict[str, Any]) -> tuple[Options, bool]:
     info = bool(options.pop("info", False))
     for name in ("device_id", "call", "dtype_acc", "use_double_acc", "sum_scheme", "enable_chunks", "use_fast_math"):
         options.pop(name, None)
-    options["backend"] = options.get("backend") or "auto"
+    options["backend"] = within(options.pop("tolerance", None), options.get("backend"))
     try:
         return Options(**options), info
     except TypeError:
@@ -323,6 +323,7 @@ class KernelSolve:
         preconditioner: Any = None,
         rank: int = 50,
         info: bool = False,
+        tolerance: float | None = None,
     ) -> Any:
         """Solve. Tensors give tensors, arrays give arrays; leading axes are batch.
 
@@ -336,6 +337,7 @@ class KernelSolve:
             preconditioner: None; "nystrom", from `rank` random products; "cholesky", from `rank` columns chosen
                 greedily; or a function r -> P^-1 r.
             info: also return a SolveInfo.
+            tolerance: relative l2 error of each product with the matrix, below `eps`; None: exact products.
 
         Differentiable in b, alpha and every tensor, to every order, in reverse and forward mode and under `torch.func`;
         each derivative costs one solve.
@@ -354,6 +356,7 @@ class KernelSolve:
                 "maxiter": maxiter,
                 "preconditioner": preconditioner,
                 "rank": rank,
+                "tolerance": tolerance,
                 "backend": self._check._backend(backend, tensors) if backend != "auto" else backend,
             }
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from pullback.core import maps
 from pullback.core.errors import ArgumentError, NotDifferentiableError
 from pullback.kernels.codegen import eager
+from pullback.kernels.fast.run import sums
 from pullback.kernels.ir import reductions
 from pullback.kernels.ir.expr import I, J
 from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, REDUCTIONS, Program
@@ -22,6 +23,26 @@ from pullback.kernels.plan.ranges import Ranges
 from pullback.kernels.runtime import launch
 
 BACKENDS = ("auto", "eager", "llvm")
+_WITHIN = "within "  # "within 1e-06": the sum within a relative error, see `kernels/fast`
+
+
+def within(tolerance: float | None, backend: str | None = None) -> str:
+    """The back end that sums within a relative l2 error of `tolerance`; `backend` itself if that is None.
+
+    Raises: ArgumentError unless 0 < tolerance < 1 and the back end is left to the engine.
+    """
+    if tolerance is None:
+        return backend or "auto"
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+        raise ArgumentError(f"tolerance must be a number between 0 and 1, such as 1e-6, or None; got {tolerance!r}")
+    if backend not in (None, "auto", "CPU") and not backend.startswith(_WITHIN):
+        raise ArgumentError(f"backend={backend!r} sums exactly; leave it out, or leave tolerance={tolerance!r} out")
+    return f"{_WITHIN}{float(tolerance)!r}"
+
+
+def tolerance_of(backend: str) -> float | None:
+    """The tolerance that a back end keeps; None if it sums exactly."""
+    return float(backend.removeprefix(_WITHIN)) if backend.startswith(_WITHIN) else None
 
 
 def event_rank(category: int) -> int:
@@ -51,11 +72,12 @@ class Task(maps.Map):
     Args:
         program: what is reduced.
         ranges: block-sparse pattern; None: all pairs.
-        backend: "auto", "eager" or "llvm".
+        backend: "auto", "eager", "llvm", or that of `within`.
     """
 
     def __init__(self, program: Program, ranges: Ranges | None, backend: str) -> None:
         self.program, self.ranges, self.backend = program, ranges, backend
+        self.tolerance = tolerance_of(backend)
         self.key = f"kernel:{next(_numbers)}:{str(program)[:200]}"
         self.events = tuple(event_rank(category) for _, category in program.signature)
         self.integer = REDUCTIONS[program.kind].integer
@@ -91,6 +113,10 @@ class Task(maps.Map):
         like = tensors[0]
         if any(t.is_neg() for t in tensors):  # torch's lazy minus sign: numbers in memory are not the values
             tensors = [t.resolve_neg() for t in tensors]
+        if self.tolerance is not None and self.ranges is None and like.device.type == "cpu":
+            y = sums(self.program, tensors, batch, m, n, self.tolerance, _exact)
+            if y is not None:
+                return y
         if self.uses_llvm(like.device, like.dtype):
             return launch.run(self.program, tensors, batch, m, n, self.ranges)
         return eager.run(self.program, tensors, batch, m, n, self.ranges)
@@ -161,6 +187,10 @@ class Task(maps.Map):
 
 
 _numbers = itertools.count()
+
+
+def _exact(program: Program, tensors: Sequence[Tensor], ranges: Ranges | None = None) -> Tensor:
+    return task(program, ranges).evaluate(tensors)
 
 
 def task(program: Program, ranges: Ranges | None = None, backend: str = "auto") -> Task:

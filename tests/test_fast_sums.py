@@ -1,0 +1,178 @@
+"""Sums within a tolerance: never over it, with every derivative, whatever the points."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import pullback as pb
+from pullback.core.errors import ArgumentError
+from pullback.kernels import fast
+from pullback.kernels.fast.analyse import Refused, analyse
+
+N = 6000
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch.manual_seed(0)
+    fast.clear()
+
+
+def points(n=N, d=3):
+    return torch.rand(n, d, dtype=torch.float64)
+
+
+def gaussian(x, y, s):
+    return (-((pb.Vi(x) - pb.Vj(y)) ** 2).sum(-1) * pb.Pm(s)).exp()
+
+
+def relative(a, b):
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+def method(done):
+    return [d.method for d in done]
+
+
+# What is a fast sum ----------------------------------------------------------------------------
+
+SPELLINGS = [
+    ("Exp(-SqDist(x,y)*s)*b", 3),
+    ("b*Exp(-SqNorm2((x-y)*s))", 3),
+    ("Exp(-SqNorm2(x*s-y*s))*b", 3),
+    ("Exp(-Sqrt(SqDist(y,x))/s)*b", 3),
+    ("(s+Norm2(x-y))*Exp(-Norm2(x-y))*b", 3),
+    ("Exp(-SqDist(x,y)*s)*(x|y)*b", 3),
+    ("Exp(-SqDist(x,y)+Elem(x,0)+Elem(y,1))*b", 3),
+    ("Exp(-SqNorm2(Extract(x,0,2)-Extract(y,0,2)))*Elem(b,0)*Elem(x,2)", 2),
+]
+
+
+@pytest.mark.parametrize(("formula", "d"), SPELLINGS)
+def test_the_formula_is_read(formula, d):
+    f = pb.Genred(formula, ["x = Vi(3)", "y = Vj(3)", "b = Vj(2)", "s = Pm(1)"], axis=1)
+    form = analyse(f.reducer.programs[0])
+    assert len(form.coordinates) == d
+
+
+@pytest.mark.parametrize(
+    ("formula", "why"),
+    [
+        ("Exp((x|y))*b", "Exp mixes i and j"),
+        ("(x|y)*b", "no function of a difference"),
+        ("Exp(-SqNorm2(Concat(x,x)-Concat(y,b)))", "6 coordinates|5 coordinates"),
+    ],
+)
+def test_what_is_no_fast_sum_says_why(formula, why):
+    f = pb.Genred(formula, ["x = Vi(3)", "y = Vj(3)", "b = Vj(3)"], axis=1)
+    with pytest.raises(Refused, match=why):
+        analyse(f.reducer.programs[0])
+
+
+# Values and derivatives ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_gaussian_sums_keep_their_tolerance(d, tolerance):
+    x, y, b = points(d=d), points(N + 7, d), torch.randn(N + 7, 3, dtype=torch.float64)
+    K = gaussian(x, y, torch.tensor([30.0], dtype=torch.float64))
+    with fast.watch() as done:
+        found = K.with_tolerance(tolerance) @ b
+        other = K.T.with_tolerance(tolerance) @ torch.ones(N, dtype=torch.float64)
+    assert method(done) == ["fourier", "fourier"]
+    assert relative(found, K @ b) < tolerance
+    assert relative(other, K.T @ torch.ones(N, dtype=torch.float64)) < tolerance
+    assert all(info.error <= tolerance and info.rows >= 4 for info in done)
+
+
+def test_derivatives_of_both_orders_are_fast_and_right():
+    x, y = points().requires_grad_(), points().requires_grad_()
+    b = torch.randn(N, 2, dtype=torch.float64, requires_grad=True)
+    s = torch.tensor([50.0], dtype=torch.float64, requires_grad=True)
+    K = gaussian(x, y, s)
+
+    def derivatives(K):
+        first = torch.autograd.grad((K @ b).square().sum(), (x, y, b, s), create_graph=True)
+        return first, torch.autograd.grad(first[0].square().sum() + first[3].sum(), (x, b, s))
+
+    with fast.watch() as done:
+        first, second = derivatives(K.with_tolerance(1e-7))
+    assert set(method(done)) == {"fourier"}
+    true = derivatives(K)
+    for a, c in zip((*first, *second), (*true[0], *true[1]), strict=True):
+        assert relative(a, c) < 1e-6
+
+
+def test_forward_mode_and_vmap_are_fast():
+    x, y, s = points(), points(), torch.tensor([40.0], dtype=torch.float64)
+    b, u = torch.randn(N, 1, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64)
+    f = pb.Genred("Exp(-SqDist(x,y)*s)*b", ["x = Vi(3)", "y = Vj(3)", "b = Vj(1)", "s = Pm(1)"], axis=1)
+    with fast.watch() as done:
+        tangent = torch.func.jvp(lambda x: f(x, y, b, s, tolerance=1e-6), (x,), (u,))[1]
+        many = torch.func.vmap(lambda b: f(x, y, b, s, tolerance=1e-6))(torch.stack([b, 2 * b]))
+    assert set(method(done)) == {"fourier"}
+    assert relative(tangent, torch.func.jvp(lambda x: f(x, y, b, s), (x,), (u,))[1]) < 1e-5
+    assert relative(many, torch.stack([f(x, y, b, s), 2 * f(x, y, b, s)])) < 1e-6
+
+
+def test_none_is_the_exact_engine_bit_for_bit():
+    x, y, b = points(), points(), torch.randn(N, 1, dtype=torch.float64)
+    args = (x, y, b, torch.tensor([30.0], dtype=torch.float64))
+    f = pb.Genred("Exp(-SqDist(x,y)*s)*b", ["x = Vi(3)", "y = Vj(3)", "b = Vj(1)", "s = Pm(1)"], axis=1)
+    with fast.watch() as done:
+        assert torch.equal(f(*args), f(*args, tolerance=None))
+    assert done == []
+
+
+def test_a_changed_tensor_has_a_new_plan():
+    x, b, s = points(), torch.randn(N, dtype=torch.float64), torch.tensor([30.0], dtype=torch.float64)
+    K = gaussian(x, x, s).with_tolerance(1e-6)
+    before = K @ b
+    x.mul_(0.5)
+    assert relative(K @ b, gaussian(x, x, s) @ b) < 1e-6
+    assert relative(K @ b, before) > 1e-2
+
+
+# Where it lives ----------------------------------------------------------------------------
+
+
+def test_genred_keeps_its_tolerance_through_pickle():
+    f = pb.Genred("Exp(-SqDist(x,y))", ["x = Vi(3)", "y = Vj(3)"], axis=1, tolerance=1e-5)
+    g = pickle.loads(pickle.dumps(f))
+    with fast.watch() as done:
+        g(points(), points())
+    assert g.tolerance == 1e-5 and method(done) == ["fourier"] and done[0].tolerance == 1e-5
+
+
+def test_operators_and_solvers_take_it():
+    x, b = points(), torch.randn(N, dtype=torch.float64)
+    K = gaussian(x, x, torch.tensor([60.0], dtype=torch.float64))
+    with fast.watch() as done:
+        found = K.solve(b, alpha=1.0, eps=1e-5, tolerance=1e-7)
+        A = K.with_tolerance(1e-7).operator() + pb.Identity(N)
+        sol = pb.cg(A, b, rtol=1e-5)
+    assert set(method(done)) == {"fourier"}
+    assert relative(found + K @ found, b) < 2e-5
+    assert relative(sol.x, found) < 1e-4
+
+
+def test_bad_tolerances_are_refused():
+    x = points(10)
+    K = gaussian(x, x, torch.tensor([30.0], dtype=torch.float64))
+    for bad in (0, 1, -1e-3, "1e-3", True):
+        with pytest.raises(ArgumentError, match="tolerance must be a number between 0 and 1"):
+            K.with_tolerance(bad)
+    with pytest.raises(ArgumentError, match="backend='eager' sums exactly"):
+        K.sum(1, backend="eager", tolerance=1e-3)
+
+
+def test_small_and_unsuitable_sums_are_exact_and_say_why():
+    x = points(50)
+    K = gaussian(x, x, torch.tensor([30.0], dtype=torch.float64))
+    with fast.watch() as done, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(K.sum(1, tolerance=1e-3), K.sum(1))
+    assert method(done) == ["exact"] and "pairs are few" in done[0].detail
