@@ -176,3 +176,35 @@ def test_small_and_unsuitable_sums_are_exact_and_say_why():
         warnings.simplefilter("error")
         assert torch.equal(K.sum(1, tolerance=1e-3), K.sum(1))
     assert method(done) == ["exact"] and "pairs are few" in done[0].detail
+
+
+# Logarithms and softmax ----------------------------------------------------------------------------
+
+
+def exponents(size=0.02):
+    x, y = points(d=2).requires_grad_(), points(d=2)
+    f, g = (size * torch.randn(N, 1, dtype=torch.float64) for _ in range(2))
+    return (pb.Vi(f) + pb.Vj(g) - ((pb.Vi(x) - pb.Vj(y)) ** 2).sum(-1) / 2) / 0.02, x
+
+
+def test_logsumexp_and_softmax_are_fast():
+    F, x = exponents()
+    v = pb.Vj(torch.randn(N, 2, dtype=torch.float64))
+    with fast.watch() as done:
+        found = F.logsumexp(1, tolerance=1e-6)
+        grad = torch.autograd.grad(found.square().sum(), x)[0]
+        other = F.logsumexp(0, tolerance=1e-6)
+        mean = F.sumsoftmaxweight(v, axis=1, tolerance=1e-6)
+    assert set(method(done)) == {"fourier"}
+    true = F.logsumexp(1)
+    assert relative(found, true) < 1e-6 and relative(other, F.logsumexp(0)) < 1e-6
+    assert relative(grad, torch.autograd.grad(true.square().sum(), x)[0]) < 1e-5
+    assert relative(mean, F.sumsoftmaxweight(v, axis=1)) < 1e-5
+
+
+def test_logarithms_of_lost_terms_are_exact():
+    F, _ = exponents(size=2.0)
+    with fast.watch() as done:
+        found = F.logsumexp(0, tolerance=1e-6)
+    assert torch.equal(found, F.logsumexp(0))
+    assert "too small to keep a relative error" in done[0].detail

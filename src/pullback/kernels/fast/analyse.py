@@ -70,6 +70,27 @@ def analyse(program: Program) -> Form:
     return Form(program, tuple(reader.coordinates), components)
 
 
+@lru_cache(maxsize=1024)
+def split(program: Program) -> tuple[Form, Expr | None, Expr | None]:
+    """The first formula of a program as k(u_i - v_j) + a_i + b_j: a Form of k alone, then a and b (None is zero).
+
+    Raises: Refused if it is not such a sum.
+    """
+    f = program.exprs[0]
+    first = _Reader(program, frozenset())
+    first.read(f)
+    reader = _Reader(program, frozenset(first.coordinates))
+    (sums,) = reader.read(f)
+    of_pairs = tuple(t for t in sums if t.k is not None)
+    of_i = tuple(t for t in sums if t.k is None and t.b is None)
+    of_j = tuple(t for t in sums if t.k is None and t.b is not None)
+    k, a, b = reader.kernel(of_pairs), reader.left(of_i), reader.right(of_j)
+    if not of_pairs or k is None or a is None or b is None or len(reader.coordinates) > DIMENSIONS:
+        raise Refused("the exponent is not a function of a difference plus functions of i and of j")
+    form = Form(program, tuple(reader.coordinates), (((Term(k=k),),),))
+    return form, a if of_i else None, b if of_j else None
+
+
 Sums = tuple[Term, ...]
 
 
@@ -204,7 +225,8 @@ class _Reader:
         if not of_pairs:
             return None
         exp = builders["Exp"]
-        of_i = [t for t in x if t.k is None and t.b is None]
+        of_pairs += [t for t in x if t.k is None and t.b is None and (t.a is None or t.a.roles == 0)]
+        of_i = [t for t in x if t.k is None and t.b is None and t not in of_pairs]
         of_j = [t for t in x if t.b is not None]
         a, b = self.left(tuple(of_i)), self.right(tuple(of_j))
         k = self.kernel(tuple(of_pairs))

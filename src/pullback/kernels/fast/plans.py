@@ -21,6 +21,7 @@ from pullback.kernels.ir.primitives import PRIMITIVES
 from pullback.kernels.ir.reductions import Program
 
 _KEPT = 4  # sets of points
+FEW = 3e-3  # seconds of exact work below which no other way is looked for
 _CHEAP = {"Add", "Subtract", "Mult", "Minus", "Square", "Gather", "Concat", "Sum", "Var", "Const", "Scalprod", "SqDist"}
 
 
@@ -134,7 +135,7 @@ def choose(one: Any) -> Method:
     """
     program = one.form.program
     seconds = one.m * one.n / rate(program) * len(program.exprs)
-    if seconds < 3e-3:
+    if seconds < FEW:
         raise Refused(f"{one.m} x {one.n} pairs are few")
     sizes = one.sizes_of_kernels()
     if bool(torch.isfinite(sizes).all()) and bool((sizes > 0).all()):
