@@ -7,13 +7,14 @@ of its inputs (do not call the node of a leaf: it would write into `.grad`). Not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from pullback.core.errors import ArgumentError
+from pullback.core.errors import ArgumentError, NotDifferentiableError
 
 
 class Result(NamedTuple):
@@ -63,8 +64,8 @@ def name(node: Any) -> str:
         head = base.rstrip("0123456789")
         return head.removesuffix("Backward") or base
     expression = getattr(op, "_expression", None)
-    if expression is None:
-        return type(op).__name__.strip("_")
+    if expression is None:  # a Map; its key is "kernel:number:program", "solve:number:method"
+        return op.key.split(":", 2)[-1] if op.key.count(":") > 1 else type(op).__name__.strip("_")
     text = expression()
     return f"({text}).H" if node.adjoint else text
 
@@ -74,14 +75,80 @@ def results(node: Any) -> tuple[Result, ...]:
     return tuple(Result(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata)
 
 
+def vjp(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """J^H g: the gradients of a node's inputs, in the order of `inputs(node)`, for gradients of its results.
+
+    Nothing else is run: no hooks, no `.grad`. What the engine does between two nodes is done here, too: gradients are
+    summed to the shape of the input that was broadcast and converted to its dtype.
+
+    Args:
+        node: an operation; never the node of a leaf, which would write into `.grad`.
+        gradients: one tensor for every result; None is zero.
+
+    Returns: a tensor for every input; None where no gradient flows.
+
+    Raises: NotDifferentiableError if the saved tensors have been freed, or if running the node would run a backward
+    pass of its own (checkpoints with use_reentrant=True).
+    """
+    if variable(node) is not None:
+        raise AssertionError("vjp was asked to run the node of a leaf; please report")
+    if node.name() == "CheckpointFunctionBackward":
+        raise NotDifferentiableError(
+            "a checkpoint with use_reentrant=True runs a backward pass of its own, which writes into .grad, so it "
+            "cannot be run by itself; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    edges = inputs(node)
+    try:
+        with torch.no_grad():
+            found: Sequence[Tensor | None]
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                found = _vjp_of_function(node, gradients, edges)
+            else:
+                found = node(*gradients)
+                found = found if isinstance(found, tuple) else (found,)
+            return tuple(
+                None if g is None or child is None else _fitted(g, results(child)[k])
+                for g, (child, k) in zip(found, edges, strict=True)
+            )
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            f"the tensors that {name(node)} saved have been freed by a backward pass; ask before backward(), or call "
+            f"backward(retain_graph=True)"
+        ) from None
+
+
+def _vjp_of_function(
+    node: Any, gradients: Sequence[Tensor | None], edges: Sequence[tuple[Any, int]]
+) -> list[Tensor | None]:
+    """A custom Function returns a gradient for every argument; its edges are only those that are tensors."""
+    given = [
+        torch.zeros(r.shape, dtype=r.dtype, device=r.device) if g is None else g
+        for g, r in zip(gradients, results(node), strict=True)
+    ]
+    found = node.apply(*given)
+    found = found if isinstance(found, tuple) else (found,)
+    wanted = iter([g for g, needed in zip(found, node.needs_input_grad, strict=False) if needed])
+    return [None if child is None else next(wanted) for child, _ in edges]
+
+
+def _fitted(gradient: Tensor, result: Result) -> Tensor:
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    if gradient.is_complex() and not result.dtype.is_complex:
+        gradient = gradient.real
+    if tuple(gradient.shape) != result.shape:
+        gradient = gradient.sum_to_size(result.shape)
+    return gradient.to(device=result.device, dtype=result.dtype)
+
+
 def saved(node: Any) -> Iterator[tuple[str, Tensor | None]]:
     """(name, tensor) for every tensor that a node saved for its derivative.
 
     None where the tensor has been freed, or packed away by `torch.autograd.graph.saved_tensors_hooks`.
     """
-    for key in dir(node):
-        if not key.startswith("_raw_saved_"):
-            continue
+    for key in _names(node)[0]:
         label = key.removeprefix("_raw_saved_")
         try:
             handles = getattr(node, key)
@@ -93,6 +160,52 @@ def saved(node: Any) -> Iterator[tuple[str, Tensor | None]]:
             if handle is not None:
                 value = handle.data
                 yield f"{label}[{i}]" if several else label, value if isinstance(value, Tensor) else None
+
+
+# type of a node -> names of its saved tensors, names of its other saved attributes
+_attributes: WeakKeyDictionary[type, tuple[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def _names(node: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    kind = type(node)
+    found = _attributes.get(kind)
+    if found is None:
+        names = sorted(dir(kind))
+        raw = tuple(n for n in names if n.startswith("_raw_saved_"))
+        rest = tuple(n for n in names if n.startswith("_saved_") and f"_raw{n}" not in raw)
+        found = _attributes[kind] = raw, rest
+    return found
+
+
+def freed(node: Any) -> bool:
+    """Whether a backward pass has released what the node saved, so that it cannot run again."""
+    for key in _names(node)[0]:
+        try:
+            handle = getattr(node, key)
+            if isinstance(handle, tuple) or handle.data is not None:
+                continue
+            getattr(node, key.removeprefix("_raw"))  # None here: never saved; an error: released
+        except RuntimeError:
+            return True
+    return False
+
+
+def settings(node: Any) -> dict[str, Any]:
+    """The numbers that a torch node keeps: {"stride": (2, 2), "dim": 1}. Sizes of its arguments are left out."""
+    found = {}
+    for key in _names(node)[1]:
+        label = key.removeprefix("_saved_")
+        if label.endswith(("_sizes", "_sizes_opt", "_numel")):
+            continue
+        try:
+            value = getattr(node, key)
+        except RuntimeError:  # released with the saved tensors
+            continue
+        if isinstance(value, int) and value >= 1 << 63:  # torch shows a negative axis as an unsigned number
+            value -= 1 << 64
+        if value is not None and value != ():
+            found[label] = value
+    return found
 
 
 def topological(roots: Iterable[Any]) -> list[Any]:
@@ -119,6 +232,11 @@ def topological(roots: Iterable[Any]) -> list[Any]:
                 if not waiting[child]:
                     ready.append(child)
     return order
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrapper that one torch.func transform put around it; itself if there is none."""
+    return torch.func.debug_unwrap(tensor)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
