@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError, ShapeError
+from pullback.core.linearize import Recording, _Differential, cast, frozen, recordable
 from pullback.core.operator import LinearOperator, Operator, algebra
 from pullback.core.shapes import complex_of, real_of
 
@@ -314,46 +315,32 @@ class Conjugate(Composite):
         return f"{self._sequence()[0]._expression(3)}.conj()"
 
 
-class Derivative(LinearOperator):
-    """F'(x) v, the derivative of a non-linear operator at x, and its adjoint, both by reverse mode.
+class Derivative(_Differential):
+    """F'(x) v, the derivative of a non-linear operator at x, and its adjoint.
 
-    F'(x) v is the transpose of g -> F'(x)^T g, so two reverse passes give it. Forward mode would be one pass, but torch
-    cannot nest it (pytorch#197867), and then this operator could not be differentiated in its turn.
+    The graph of F at x is recorded once and lives as long as this operator; see `core/linearize.py`.
     """
 
-    _native = True
-    _aliases = True
-
     def __init__(self, op: Operator, at: Tensor) -> None:
-        super().__init__(op.dims, op.dimsd)
         if tuple(at.shape) != op.dims:
             raise ShapeError(f"linearize: x must have shape {op.dims}; got {tuple(at.shape)}")
+        at = frozen(at)
+        recording = Recording(lambda p: (op._run(p[0]),), (at,)) if recordable(at) else None
+        super().__init__(op.dims, op.dimsd)
         self.op = op
-        self.at = at
-        with torch.no_grad():
-            self._real_range = not op._run(at).is_complex()
-        self._real_domain = not at.is_complex()
+        value = recording.values[0] if recording is not None else op._run(at)
+        self._real_domain, self._real_range = not at.is_complex(), not value.is_complex()
         self._clinear = self._real_domain and self._real_range
+        self._set_up((at,), recording)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        pull = self._pull(x)
-        zero = torch.zeros(self.dimsd, dtype=self._out_dtype(x.dtype, False), device=x.device)
-        push = torch.func.vjp(pull, zero)[1]
-        return self._over_batch(lambda v: push(v)[0], x, self.dims, self.dimsd)
+    def _outputs(self, points: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (self.op._run(points[0]),)  # type: ignore[operator]
 
-    def _adjoint(self, y: Tensor) -> Tensor:
-        return self._over_batch(self._pull(y), y, self.dimsd, self.dims)
+    def _enter(self, x: Tensor, batch: tuple[int, ...], adjoint: bool) -> list[Tensor]:
+        return [x]
 
-    def _pull(self, like: Tensor) -> Any:
-        pull = torch.func.vjp(self.op._run, self._cast(self.at, like))[1]
-        return lambda g: pull(g)[0]
-
-    @staticmethod
-    def _over_batch(function: Any, x: Tensor, dims: tuple[int, ...], dimsd: tuple[int, ...]) -> Tensor:
-        batch = x.shape[: x.ndim - len(dims)]
-        if not batch:
-            return function(x)
-        return torch.func.vmap(function)(x.reshape(-1, *dims)).reshape(*batch, *dimsd)
+    def _leave(self, found: Sequence[Tensor], batch: tuple[int, ...], adjoint: bool, dtype: torch.dtype) -> Tensor:
+        return cast(found[0], dtype)
 
     def _expression(self, level: int = 0) -> str:
         return f"{type(self.op).__name__}'(x)"

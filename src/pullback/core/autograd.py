@@ -84,6 +84,12 @@ def transforms_active() -> bool:
     return bool(_transforms_active())
 
 
+def nested_forward_mode() -> bool:
+    """Whether forward mode runs inside forward mode, where torch gets a non-linear Function wrong (pytorch#197867)."""
+    stack = _C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == _C._functorch.TransformType.Jvp for level in stack) >= 2
+
+
 def below_autograd() -> Any:
     """A context in which dispatcher ops skip autograd."""
     return _C._AutoDispatchBelowAutograd()
@@ -290,9 +296,7 @@ def _plain(
 
 def _refuse_nested_forward_mode(op: LinearOperator) -> None:
     """Forward mode inside forward mode through a non-linear Function is silently wrong in torch (pytorch#197867)."""
-    stack = _C._functorch.get_interpreter_stack() or ()
-    levels = sum(level.key() == _C._functorch.TransformType.Jvp for level in stack)
-    if levels >= 2:
+    if nested_forward_mode():
         raise NotDifferentiableError(
             f"forward mode nested in forward mode with respect to the parameters of {type(op).__name__} is wrong "
             f"in torch (pytorch#197867); use reverse mode for one of the two, for example jacfwd(jacrev(f))"

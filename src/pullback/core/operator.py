@@ -49,7 +49,11 @@ class Operator(torch.nn.Module):
     parameters, if they are `nn.Parameter`), so `.to()`, `state_dict()`, pickling and `torch.func.functional_call` work.
     """
 
+    dims: tuple[int, ...]
+    dimsd: tuple[int, ...]
+    shape: tuple[int, int]
     linear: ClassVar[bool] = False
+    _dtype: np.dtype[Any] | None
     _half: ClassVar[bool] = True  # False: float16 and bfloat16 are computed in float32
     _real_domain: bool = False  # the domain is R^n: complex input is refused
     _real_range: bool = False  # the range is R^m: complex input to the adjoint is refused
@@ -58,10 +62,10 @@ class Operator(torch.nn.Module):
     def __init__(self, dims: Dims, dimsd: Dims, *, dtype: Any = None) -> None:
         super().__init__()
         name = type(self).__name__
-        self.dims = as_dims(dims, "dims", name)
-        self.dimsd = as_dims(dimsd, "dimsd", name)
-        self.shape = (size(self.dimsd), size(self.dims))
-        self._dtype = None if dtype is None else interop.numpy_dtype(dtype)
+        dims, dimsd = as_dims(dims, "dims", name), as_dims(dimsd, "dimsd", name)
+        number = None if dtype is None else interop.numpy_dtype(dtype)
+        # Past __setattr__ of modules, which is slow.
+        self.__dict__.update(dims=dims, dimsd=dimsd, shape=(size(dimsd), size(dims)), _dtype=number)
 
     def _forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define _forward(x)")
@@ -488,12 +492,18 @@ class LinearOperator(Operator):
 
     # Numbers about the operator ------------------------------------------------------------------------------------
 
-    def todense(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+    def todense(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> Tensor:
         """The matrix of A, of shape (m, n), differentiable in what the operator holds.
 
-        Cost: n applications, batched.
+        Cost: n applications, `chunk_size` at a time.
         """
-        return spectrum.todense(self, dtype, device)
+        return spectrum.todense(self, dtype, device, chunk_size)
 
     def norm(self, maxiter: int = 100, rtol: float = 1e-6) -> float:
         """||A||_2, the largest singular value, by Lanczos on A^H A. It approaches from below: see `norm_bound`."""
@@ -519,6 +529,20 @@ class LinearOperator(Operator):
     def trace(self, neval: int | None = None, method: str = "explicit", seed: int = 0) -> Tensor:
         """sum_i A_ii: `explicit` (n applications), `hutchinson` or `hutch++` (neval applications, an estimate)."""
         return spectrum.trace(self, neval, method, seed)
+
+    def diagonal(
+        self,
+        neval: int | None = None,
+        method: str = "explicit",
+        seed: int = 0,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """A_ii, of shape dims: `explicit` (n applications, chunk_size at a time) or `hutchinson` (an estimate)."""
+        return spectrum.diagonal(self, neval, method, seed, chunk_size)
+
+    def density(self, steps: int = 50, neval: int = 10, seed: int = 0) -> spectrum.Density:
+        """How the eigenvalues of a self-adjoint operator are distributed, from neval * steps applications."""
+        return spectrum.density(self, steps, neval, seed)
 
     def __copy__(self) -> Any:
         return self._copy()
