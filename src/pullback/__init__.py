@@ -1,7 +1,27 @@
 """pullback: differentiable operators for inverse problems, on PyTorch."""
 
+from pullback import autodiff as autodiff
+from pullback import graphs as graphs
 from pullback import imaging as imaging
 from pullback import kernels as kernels
+from pullback.autodiff import Chain as Chain
+from pullback.autodiff import Jacobian as Jacobian
+from pullback.autodiff import Reversible as Reversible
+from pullback.autodiff import Scalar as Scalar
+from pullback.autodiff import SparsePlan as SparsePlan
+from pullback.autodiff import check_gradient as check_gradient
+from pullback.autodiff import check_inverse as check_inverse
+from pullback.autodiff import empirical_fisher as empirical_fisher
+from pullback.autodiff import explain as explain
+from pullback.autodiff import fisher as fisher
+from pullback.autodiff import hessian as hessian
+from pullback.autodiff import jacobian as jacobian
+from pullback.autodiff import nan_origin as nan_origin
+from pullback.autodiff import numeric_derivative as numeric_derivative
+from pullback.autodiff import propagate as propagate
+from pullback.autodiff import sparse_hessian as sparse_hessian
+from pullback.autodiff import sparse_jacobian as sparse_jacobian
+from pullback.autodiff import sparsity_pattern as sparsity_pattern
 from pullback.core import algebra as _algebra  # noqa: F401  fills the table of what operators do with each other
 from pullback.core.check import CheckError as CheckError
 from pullback.core.check import CheckReport as CheckReport
@@ -51,6 +71,10 @@ from pullback.functionals import SquaredL2 as SquaredL2
 from pullback.functionals import Stack as Stack
 from pullback.functionals import WaveletL1 as WaveletL1
 from pullback.functionals import ZeroFunctional as ZeroFunctional
+from pullback.graphs import Graph as Graph
+from pullback.graphs import build_graph as build_graph
+from pullback.graphs import graph as graph
+from pullback.graphs import make_dot as make_dot
 from pullback.kernels import ComplexLazyTensor as ComplexLazyTensor
 from pullback.kernels import Genred as Genred
 from pullback.kernels import KernelOperator as KernelOperator

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pullback.cli import demo as demonstration
+from pullback.cli import graph as drawing
 from pullback.cli.job import Settings, run_job
 from pullback.core.errors import ArgumentError
 from pullback.imaging.reconstruct import FILTERS, METHODS
@@ -19,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Differentiable operators for inverse problems: reconstruct tomographic scans from the command line.",
+    help="Differentiable operators for inverse problems: reconstruct scans, and draw graphs of computations.",
 )
 
 
@@ -107,6 +108,57 @@ def demo(
 ) -> None:
     """Simulate a low-dose scan of a real CT slice with a wrong rotation centre, and reconstruct it in several ways."""
     _print(demonstration.run_demo(out))
+
+
+@app.command(name="graph")
+def draw_graph(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="module:name or file.py:name of a module, a class, a function, a tensor, or a function that makes one."
+        ),
+    ],
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="An example input: 1x3x224x224, 8x16:int64, scalar. Once for each input, in order."),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="forward | autograd (grouped by module) | joint | fx")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="File: .svg .png .pdf .html (interactive) .dot .json; NAME.svg by default.")
+    ] = None,
+    theme: Annotated[str, typer.Option(help="basic | blue | dark | print")] = "basic",
+    collapse: Annotated[
+        str, typer.Option(help="Draw modules as one node: their depth (1 ...) or path ('layer4', 'layer?.*').")
+    ] = "",
+    fold: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=LABEL: 'Conv > BatchNorm > Relu=ConvBnRelu'. Repeatable.")
+    ] = None,
+    prune: Annotated[
+        list[str] | None, typer.Option(help="Leave out what matches this pattern, with its edges. Repeatable.")
+    ] = None,
+    hide: Annotated[
+        list[str] | None, typer.Option(help="Leave out what matches this pattern, and join its neighbours. Repeatable.")
+    ] = None,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Write norms of gradients on the edges.")] = False,
+    saved: Annotated[
+        bool, typer.Option("--saved", help="Draw tensors that are kept for the derivative (--kind autograd).")
+    ] = False,
+) -> None:
+    """Draw the graph of a computation: autograd's, the forward one, or that of the compiler."""
+    request = drawing.Request(
+        target=target,
+        inputs=input or (),
+        kind=kind,
+        out=out,
+        theme=theme,
+        collapse=collapse,
+        fold=fold or (),
+        prune=prune or (),
+        hide=hide or (),
+        gradients=gradients,
+        saved=saved,
+    )
+    _print(drawing.draw(request))
 
 
 def _print(lines: Sequence[Any]) -> None:
