@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test quick lint types bench-operators bench-xray bench-kernels bench-solvers clean
+.PHONY: demo test quick lint types bench-operators bench-xray bench-kernels bench-fast-sums bench-solvers bench-autodiff clean
 
 demo: $(VENV)/.imaging
 	$(BIN)/pullback demo --out demo-output
@@ -27,6 +27,13 @@ bench-operators: $(VENV)/.dev
 
 bench-kernels: $(VENV)/.bench
 	$(BIN)/python benchmarks/kernels.py
+
+bench-fast-sums: $(VENV)/.bench
+	$(BIN)/python benchmarks/fast_sums.py
+
+bench-autodiff: $(VENV)/.dev
+	$(BIN)/python benchmarks/autodiff.py
+	$(BIN)/python benchmarks/graphs.py
 
 bench-solvers: $(VENV)/.bench
 	$(BIN)/python benchmarks/solvers.py

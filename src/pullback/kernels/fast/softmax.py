@@ -17,6 +17,12 @@ from pullback.kernels.ir.expr import PARAMETER, I, J, builders, variable
 from pullback.kernels.ir.reductions import OVER_J, Program
 
 SHIFTED = ("LogSumExp", "SoftMax")
+
+
+class Lost(Refused):
+    """Terms that matter are below the error of the sum; a more accurate one may keep them."""
+
+
 _MARGIN = 100.0  # a sum must be this many tolerances of the mean above zero
 
 
@@ -25,7 +31,7 @@ def shifted(
 ) -> tuple[Program, list[Tensor], Callable[[Tensor], Result]]:
     """The sum behind a logarithm or a softmax: program, arguments, and what makes the result of it.
 
-    Raises: Refused if F is not of the form above; the last of the three raises it if terms are lost.
+    Raises: Refused if F is not of the form above; the last of the three raises Lost.
     """
     form, a, b = split(program)
     (axis,) = program.axes
@@ -53,7 +59,7 @@ def shifted(
     def finish(sums: Tensor) -> Result:
         mass = sums[:, :1]
         if bool((mass <= _MARGIN * tolerance * mass.mean()).any()):
-            raise Refused("some sums of exponentials are too small to keep a relative error")
+            raise Lost("some sums of exponentials are too small to keep a relative error")
         if program.kind == "SoftMax":
             y = torch.cat([mass.log() + row + top + peak, sums[:, 1:] / mass], -1)
         else:
