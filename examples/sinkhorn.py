@@ -20,7 +20,7 @@ from pullback.kernels import fast
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-N, epsilon, tolerance = 100_000, 0.15**2, 1e-5
+N, tolerance = 100_000, 1e-5
 
 
 def ring(n: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def moons(n: int) -> torch.Tensor:
     return torch.stack([x, torch.where(upper, 0.52 + radius * angle.sin(), 0.5 - radius * angle.sin())], -1)
 
 
-def softmin(x: torch.Tensor, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+def softmin(x: torch.Tensor, y: torch.Tensor, g: torch.Tensor, epsilon: float) -> torch.Tensor:
     """-epsilon log mean_j exp((g_j - |x_i - y_j|^2 / 2) / epsilon), for every i."""
     exponent = (pb.Vj(g[:, None]) - ((pb.Vi(x) - pb.Vj(y)) ** 2).sum(-1) / 2) / epsilon
     return -epsilon * (exponent.logsumexp(1, tolerance=tolerance).squeeze(-1) - math.log(len(y)))
@@ -48,9 +48,10 @@ def softmin(x: torch.Tensor, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 # %%
 x, y = ring(N), moons(N)
+epsilon = 0.15**2
 zero = torch.zeros(N, dtype=torch.float64)
 with fast.watch() as done:
-    f = softmin(x, y, zero)
+    f = softmin(x, y, zero, epsilon)
 print(f"{N} x {N} pairs by {done[0].method} ({done[0].detail}) in {done[0].seconds:.2f} s")
 exact = -epsilon * (torch.logsumexp(-(x[:200, None] - y).square().sum(-1) / (2 * epsilon), 1) - math.log(N))
 worst = float((f[:200] - exact).abs().max() / exact.abs().max())
@@ -60,26 +61,28 @@ print(f"largest error of 200 rows: {worst:.1e}")
 # ## The gradient flow
 #
 # The potentials of the last step are the start of the next. By the envelope theorem their own derivatives drop out:
-# the gradient is that of one more softmin with fixed potentials.
+# the gradient is that of one more softmin with fixed potentials. The blur $\sqrt\varepsilon$ shrinks on the way, so that
+# the cloud moves as a whole first and takes the shape of the target later.
 
 # %%
 f = g = p = zero
 frames, moved = [x], []
 start = time.perf_counter()
-for step in range(12):
+for step in range(30):
+    epsilon = max(0.03, 0.15 * 0.9**step) ** 2
     for _ in range(6 if step == 0 else 2):
-        f = (f + softmin(x, y, g)) / 2
-        g = (g + softmin(y, x, f)) / 2
-        p = (p + softmin(x, x, p)) / 2
+        f = (f + softmin(x, y, g, epsilon)) / 2
+        g = (g + softmin(y, x, f, epsilon)) / 2
+        p = (p + softmin(x, x, p, epsilon)) / 2
     x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad((softmin(x, y, g) - softmin(x, x.detach(), p)).sum(), x)
+    (gradient,) = torch.autograd.grad((softmin(x, y, g, epsilon) - softmin(x, x.detach(), p, epsilon)).sum(), x)
     x = (x - 0.7 * gradient).detach()
     moved.append(float(gradient.norm(dim=-1).mean()))
     frames.append(x)
 print(f"{len(moved)} steps in {time.perf_counter() - start:.0f} s; mean gradient {moved[0]:.3f} -> {moved[-1]:.1e}")
 
-figure, axes = plt.subplots(1, 5, figsize=(14, 3.2), layout="constrained", sharex=True, sharey=True)
-for axis, (k, cloud) in zip(axes, [*((k, frames[k]) for k in (0, 1, 4, 12)), (-1, y)], strict=True):
+figure, axes = plt.subplots(1, 5, figsize=(14, 2.2), layout="constrained", sharex=True, sharey=True)
+for axis, (k, cloud) in zip(axes, [*((k, frames[k]) for k in (0, 1, 6, 30)), (-1, y)], strict=True):
     axis.plot(*cloud[::20].T, ".", markersize=0.8, color="tab:green" if k < 0 else "tab:blue")
     axis.set_title("the target" if k < 0 else f"step {k}")
     axis.set_aspect("equal")
