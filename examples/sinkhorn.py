@@ -61,8 +61,8 @@ print(f"largest error of 200 rows: {worst:.1e}")
 # ## The gradient flow
 #
 # The potentials of the last step are the start of the next. By the envelope theorem their own derivatives drop out:
-# the gradient is that of one more softmin with fixed potentials. The blur $\sqrt\varepsilon$ shrinks on the way, so that
-# the cloud moves as a whole first and takes the shape of the target later.
+# the gradient is that of one more softmin with fixed potentials. The blur $\sqrt\varepsilon$ shrinks on the way, so
+# that the cloud moves as a whole first and takes the shape of the target later.
 
 # %%
 f = g = p = zero
