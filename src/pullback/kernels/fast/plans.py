@@ -109,7 +109,7 @@ class _Fourier:
         one = self.one
         kernels: tuple[Expr, ...] = tuple(one.kernels)
         numbers = tuple((p, *t.reshape(-1).tolist()) for p, t in one.parameters.items())
-        target = (2.0 if attempt == 0 else 0.05) * one.tolerance
+        target = (4.0 if attempt == 0 else 0.05) * one.tolerance
         make = lambda: fourier.series(lambda d: one.kernel(d) / self.sizes, one.points.fourier.edge, target)  # noqa: E731
         return one.points.made(("series", kernels, numbers, target), make)
 
@@ -117,7 +117,7 @@ class _Fourier:
         s = self.series(attempt)
         if s is None:
             return None
-        accuracy = max(self.one.tolerance * (0.5 if attempt == 0 else 0.02), 1e-14)
+        accuracy = max(self.one.tolerance * (2.0 if attempt == 0 else 0.05), 1e-14)
         double = accuracy < 1e-5 or attempt > 0
 
         def apply(weights: Tensor, channels: Any, over_i: bool) -> Tensor:
