@@ -122,7 +122,7 @@ def test_passes(folder, capsys):
         (("no_such_module:net",), "no module 'no_such_module'"),
         (("no_such.py:net",), "there is no file no_such.py"),
         (("broken:net",), "nothing_of_this_name"),
-        (("sample_model:net",), "give example inputs"),
+        (("sample_model:net",), "needs example inputs: --input"),
         (("sample_model:Sized", *IMAGE), "needs the arguments width"),
         (("sample_model:fails", "--input", "3"), r"raised ValueError at .*sample_model.py:\d+: no luck"),
         (("sample_model:net", "--input", "3x"), "must be a shape such as"),

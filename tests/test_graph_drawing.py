@@ -9,29 +9,24 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import pullback.graphs.render as rendering
 from pullback.core.errors import ArgumentError
 from pullback.graphs import (
     THEMES,
-    Collapse,
     Edge,
     Graph,
     GraphData,
     Node,
-    Prune,
     Value,
-    build_graph,
-    graph,
-    make_dot,
 )
-from pullback.graphs.dot import memory, to_dot, tooltip
+from pullback.graphs.dot import to_dot
 from pullback.graphs.model import EDGE_KINDS, FLAGS, KINDS
 from pullback.graphs.render import MissingPackageError, render, resolution
+from pullback.graphs.strokes import tooltip
+from pullback.graphs.text import memory
 from pullback.graphs.themes import theme_of
 
 ODD = [
@@ -350,201 +345,6 @@ def test_threads_may_draw(tmp_path):
 def test_importing_needs_no_pygraphviz():
     code = "import sys, pullback.graphs; sys.exit('pygraphviz' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# --- Graph ------------------------------------------------------------------------------------------------------------
-
-
-def test_apply_leaves_the_graph_alone():
-    g = nested().with_theme("dark")
-    after = g.apply(Prune("parameter"), lambda data: data)
-    assert isinstance(after, Graph)
-    assert (len(g.nodes), len(after.nodes), after.theme) == (14, 8, "dark")
-    assert g.apply().nodes == g.nodes
-    with pytest.raises(ArgumentError, match="takes passes"):
-        g.apply("Prune")
-    with pytest.raises(ArgumentError, match="returned a NoneType"):
-        g.apply(lambda data: None)
-
-
-def test_notebooks_show_small_graphs_and_the_page_of_large_ones():
-    small, large = every()._repr_html_(), chain(100)._repr_html_()
-    assert "<svg" in small
-    assert "<iframe" not in small
-    assert large.startswith('<iframe sandbox="allow-scripts')
-    assert not any(hasattr(Graph, name) for name in ("_repr_svg_", "_repr_png_", "_repr_mimebundle_"))
-
-
-def test_summary():
-    text = str(every())
-    for line in (
-        "parameters: 6 numbers",
-        "gradients end at: detach (1), .data (1)",
-        "NaN or infinity begins at: f (model.py:3)",
-    ):
-        assert line in text
-    assert "kept for the derivative: 77 B" in text
-    assert text.startswith("Graph (forward) of all of it: ")
-
-
-def test_view_opens_a_file(monkeypatch):
-    opened = []
-    monkeypatch.setattr("webbrowser.open", opened.append)
-    path = nested().view()
-    assert opened == [path.as_uri()]
-    assert path.read_text()
-
-
-# --- graph(...) -------------------------------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU())
-        self.fc = nn.Linear(2 * 36, 4)
-
-    def forward(self, x, scale=1.0):
-        return self.fc(self.body(x).flatten(1)) * scale
-
-
-X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def test_graph_of_tensors():
-    w = torch.ones(3, requires_grad=True)
-    g = graph(w.sin() * 2, params={"weight": w})
-    assert g.kind == "autograd"
-    assert g.node("weight").kind == "parameter"
-    assert len(graph([w.sin(), w.cos()]).nodes) == len(graph({"a": w.sin(), "b": w.cos()}).nodes)
-    assert any(n.kind == "saved" for n in graph(w.exp() * w, saved=True).nodes)
-    assert any(e.norm is not None for e in graph(w.exp(), gradients=True).edges)
-
-
-def test_graph_of_modules_and_functions():
-    net = Net()
-    forward = graph(net, X)
-    assert (forward.kind, forward.title) == ("forward", "Net")
-    backward = graph(net, X, kind="autograd")
-    assert backward.kind == "autograd"
-    assert any("body" in n.group for n in backward.nodes)
-    assert backward.node("fc.weight").kind == "parameter"
-    assert graph(torch.sin, X).node("sin")
-    assert graph(net, X, scale=3.0).kind == "forward"
-    assert graph(lambda: X.sin()).node("sin")
-    assert graph(net, X, title="mine").title == "mine"
-    assert {n.label for n in graph(net, X, kind="autograd", depth=1).nodes if n.kind == "module"} == {"body", "fc"}
-    assert {n.label for n in backward.apply(Collapse("body")).nodes if n.kind == "module"} == {"body"}
-
-
-def test_graph_of_programs():
-    program = torch.fx.symbolic_trace(Net())
-    assert graph(program).kind == "fx"
-    assert graph(program.graph).kind == "fx"
-    assert graph(Net(), kind="fx").kind == "fx"
-    assert graph(program, X).kind == "forward"
-    assert len(graph(nn.Linear(2, 2), torch.ones(1, 2), kind="joint").nodes) > 5
-
-
-class Tape:
-    def __init__(self, name, *parents):
-        self.name, self.parents = name, parents
-
-    def _graph_nodes(self):
-        yield (self, self.name, "operation", [(p, "0.5") for p in self.parents], {})
-        for p in self.parents:
-            yield from p._graph_nodes()
-
-
-def test_graph_of_objects_that_describe_themselves():
-    g = graph(Tape("sin", Tape("x")))
-    assert [(e.source, e.target, e.label) for e in g.edges] == [("x", "sin", "0.5")]
-    assert len(graph([Tape("a"), Tape("b")]).nodes) == 2
-
-
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: graph(Net()), r"give example inputs: pb\.graph\(Net, x\)"),
-        (lambda: graph(lambda x: x), r"give example inputs: pb\.graph\(f, x\)"),
-        (lambda: graph(torch.sin), "give example inputs"),
-        (lambda: graph(Net, X), "is a class; make an instance"),
-        (lambda: graph(3), "obj must be a tensor"),
-        (lambda: graph("net"), "obj must be a tensor"),
-        (lambda: graph(None), "obj must be a tensor"),
-        (lambda: graph([]), "must hold tensors only"),
-        (lambda: graph([X, 3]), "must hold tensors only"),
-        (lambda: graph(X), "require"),
-        (lambda: graph(X, X), "a tensor takes no inputs"),
-        (lambda: graph(X, kind="forward"), "has an autograd graph only"),
-        (lambda: graph(Net(), X, kind="backward"), "kind must be one of autograd"),
-        (lambda: graph(Net(), X, saved=True), "saved has no effect.*add kind='autograd'"),
-        (lambda: graph(Net(), X, params={}), "params has no effect"),
-        (lambda: graph(Tape("x"), gradients=True), "gradients has no effect"),
-        (lambda: graph(Net(), X, depth=0), "depth"),
-    ],
-)
-def test_graph_says_what_to_give_instead(call, words):
-    with pytest.raises(ArgumentError, match=words):
-        call()
-
-
-# --- peers ------------------------------------------------------------------------------------------------------------
-
-
-def test_make_dot_like_torchviz(tmp_path):
-    net = Net()
-    y = net(X).sum()
-    dot = make_dot(y, params=dict(net.named_parameters()))
-    assert dot.source.startswith("digraph")
-    assert "body.0.weight" in dot.source
-    assert dot.render(tmp_path / "net", format="svg") == str(tmp_path / "net.svg")
-    assert {p.name for p in tmp_path.iterdir()} == {"net", "net.svg"}
-    dot.format = "png"
-    assert dot.render("clean", directory=tmp_path / "new", cleanup=True) == str(tmp_path / "new" / "clean.png")
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["clean.png"]
-    assert dot.pipe().startswith(b"\x89PNG")
-    assert dot.pipe(format="svg", encoding="utf-8").startswith("<?xml")
-    assert dot.save(tmp_path / "plain").read_text() == dot.source
-    dot.attr(rankdir="LR")
-    dot.attr("node", shape="egg")
-    dot.graph_attr.update(size="20,20")
-    assert all(text in dot.source for text in ('rankdir="LR"', 'shape="egg"', 'size="20,20"'))
-    assert 'rankdir="LR"' in dot.with_theme("dark").source
-    with pytest.raises(ArgumentError, match="kw must be"):
-        dot.attr("nodes", shape="egg")
-
-
-def test_make_dot_shows_attributes_and_saved_tensors():
-    y = Net()(X).sum()
-    plain, full = make_dot(y), make_dot(y, show_attrs=True, show_saved=True, max_attr_chars=4)
-    assert "stride:" in "".join(texts(full.to_svg()))
-    assert "stride:" not in "".join(texts(plain.to_svg()))
-    assert any(n.kind == "saved" for n in full.nodes)
-    assert not any(n.kind == "saved" for n in plain.nodes)
-    y.backward()
-    assert make_dot(y, show_saved=True).to_svg()
-    with pytest.raises(ArgumentError, match="at least 3"):
-        make_dot(y, max_attr_chars=1)
-
-
-def test_build_graph_like_hiddenlayer(tmp_path):
-    g = build_graph(Net(), X)
-    names = [n.label for n in g.nodes if n.kind == "operation"]
-    assert names == ["ConvBnRelu", "ConvRelu", "Flatten", "Linear", "Mul"]
-    g.theme = "blue"
-    assert THEMES["blue"].kinds["operation"].fill in g.to_svg()
-    assert g.save(tmp_path / "net", format="png").name == "net.png"
-    assert g.save(tmp_path / "net").name == "net.pdf"
-    assert g.save(tmp_path / "net.svg", format="svg").name == "net.svg"
-    assert g.build_dot().source == g.to_dot()
-    raw = build_graph(Net(), (X,), input_names=["image"], transforms=[Prune("Relu")], framework_transforms=None)
-    assert {"image", "conv2d"} <= {n.label for n in raw.nodes}
-    assert "relu" not in {n.label for n in raw.nodes}
-    with pytest.raises(ArgumentError, match="give example inputs"):
-        build_graph(Net())
-    with pytest.raises(ArgumentError, match="list of passes, or 'default'"):
-        build_graph(Net(), X, transforms="none")
 
 
 def test_dot_text_alone_needs_no_theme():

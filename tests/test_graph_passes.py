@@ -442,3 +442,15 @@ def test_verify_sees_what_is_wrong(wrong):
         edges = [replace(edges[0], **{wrong: "c"})]
     with pytest.raises(AssertionError):
         verify(GraphData(nodes, edges))
+
+
+def test_signs_in_another_meaning_are_explained():
+    with pytest.raises(ArgumentError, match=r"write Conv2d \| Relu for parallel branches, Conv2d, Relu for one or"):
+        Fold("(Conv2d & Relu) > Add", "X")
+    Fold("Conv & conv2d & [1x1]", "X")
+    for one in (Prune, PruneBranch, Hide, Filter):
+        with pytest.raises(ArgumentError, match=r"one or the other write 'Dropout, Identity'"):
+            one("Dropout | Identity")
+    assert [n.label for n in Prune("x > (Dropout | Relu)")(made("x-dropout x-relu dropout-add relu-add")).nodes] == [
+        "add"
+    ]

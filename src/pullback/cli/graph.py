@@ -63,7 +63,13 @@ def draw(request: Request) -> list[str]:
     if not isinstance(obj, nn.Module) and request.kind in ("autograd", "joint"):
         inputs = [x.requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in inputs]
     with _theirs(request.target):
-        drawn = graph(obj, *inputs, kind=request.kind or None, theme=request.theme, **options)
+        try:
+            drawn = graph(obj, *inputs, kind=request.kind or None, theme=request.theme, **options)
+        except ArgumentError as error:
+            if "give example inputs" not in str(error):
+                raise
+            hint = "--input 1x3x224x224, once for each input"
+            raise ArgumentError(f"{request.target} needs example inputs: {hint}") from None
     if not drawn.title:
         drawn.title = attribute
     drawn = drawn.apply(*passes)

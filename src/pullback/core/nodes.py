@@ -7,6 +7,7 @@ of its inputs (do not call the node of a leaf: it would write into `.grad`). Not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -66,8 +67,10 @@ def name(node: Any) -> str:
     expression = getattr(op, "_expression", None)
     if expression is None:  # a Map; its key is "kernel:number:program", "solve:number:method"
         return op.key.split(":", 2)[-1] if op.key.count(":") > 1 else type(op).__name__.strip("_")
-    text = expression()
-    return f"({text}).H" if node.adjoint else text
+    text = re.sub(r"\b_(?=[A-Z])", "", expression())  # a private operator does the work of a public one
+    if not node.adjoint:
+        return text
+    return f"{text}.H" if re.fullmatch(r"\w+(\([^()]*\))?", text) else f"({text}).H"
 
 
 def results(node: Any) -> tuple[Result, ...]:

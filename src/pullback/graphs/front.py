@@ -13,6 +13,7 @@ from pullback.core.errors import ArgumentError
 from pullback.graphs.graph import Graph, Look
 from pullback.graphs.model import GraphData
 from pullback.graphs.passes import Collapse
+from pullback.graphs.themes import theme_of
 from pullback.graphs.trace import autograd_graph, described_graph, forward_graph, fx_graph, joint_graph, module_paths
 
 KIND_NAMES = ("autograd", "forward", "fx", "joint")
@@ -56,6 +57,7 @@ def graph(
     Returns: a `Graph`, to be saved, simplified by `.apply(...)` or shown in a notebook.
     Raises: ArgumentError with what to give instead.
     """
+    theme_of(theme)
     if kind is not None and kind not in KIND_NAMES:
         raise ArgumentError(f"graph: kind must be one of {', '.join(KIND_NAMES)}; got {kind!r}")
     given = {"params": params is not None, "saved": saved, "gradients": gradients, "paths": paths is not None}
@@ -82,7 +84,7 @@ def graph(
         data = described_graph(obj, paths=paths, title=title or "")
     elif source == "autograd":
         outputs, modules = module_paths(obj, args, kwargs)
-        named = obj if params is None and isinstance(obj, nn.Module) else params
+        named = modules.leaves if params is None else params
         options = {"saved": saved, "gradients": gradients, "paths": paths, "modules": modules}
         data = autograd_graph(outputs, named, title=name, **options)
     elif source == "forward":

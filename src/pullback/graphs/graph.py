@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from pullback.core.errors import ArgumentError
-from pullback.graphs.dot import memory, to_dot
+from pullback.graphs.dot import to_dot
 from pullback.graphs.html import to_html
 from pullback.graphs.model import KINDS, GraphData
 from pullback.graphs.render import MissingPackageError, render
+from pullback.graphs.text import memory
 from pullback.graphs.themes import Theme, theme_of
 
 Look = str | Theme | Mapping[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 # What a node can be. Every theme has a row for each.
 KINDS = (
     "leaf",  # a tensor that requires grad and that nothing made
-    "parameter",  # a leaf that the caller has named, or that a module holds
+    "parameter",  # a leaf that is an nn.Parameter, or what a module holds as one
     "input",  # a tensor from outside that requires no grad
     "constant",  # a number, or a tensor made inside without inputs
     "operation",  # torch

@@ -20,7 +20,7 @@ function textWidth(text, font) {
 
 function shownLabel(item) {
   const name = item.isGroup ? item.name : item.label;
-  const label = shorten(name.replace(/\s+/g, " ") || (item.isGroup ? "(unnamed)" : item.kind), MAX_LABEL);
+  const label = shorten(name.replace(/\s+/g, " ") || (item.isGroup ? "(unnamed)" : item.kind), item.kind === "operator" ? 2 * MAX_LABEL : MAX_LABEL);
   return item.count > 1 ? `${label} ×${item.count}` : label;
 }
 

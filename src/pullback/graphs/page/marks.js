@@ -103,7 +103,8 @@ function makeLegend(box, model) {
   add("Edges", [...edges, ...ranks.map((rank) => [`line-rank${rank}`, ["largest gradient path", "second", "third and further"][rank]])]);
   if (model.edges.some((e) => e.norm !== null)) {
     const { low, high } = normRange(model);
-    const range = low <= high ? `1e${low.toFixed(1)} to 1e${high.toFixed(1)}` : "zero";
+    const short = (log) => String(Number((10 ** log).toPrecision(3)));
+    const range = low < high ? `${short(low)} to ${short(high)}` : low === high ? short(low) : "zero";
     add("Gradient norm", [["ramp", range]]);
   }
 }

@@ -25,7 +25,8 @@ class Fold(Pass):
     inside of a match have no user outside, so no cycle can arise.
 
     Args:
-        pattern: what to fold, in the language of `passes.pattern`.
+        pattern: what to fold, in the language of `passes.language`: "A > B" one after the other, "A | B" parallel
+            branches from one result to one operation, "A, B" either, "Conv & [3x3]" several facts of one node.
         op: the label of the new node, by which later patterns find it; "__first__" keeps the first node's.
         name: what to write on it instead of `op`.
     """

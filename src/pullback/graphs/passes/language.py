@@ -27,7 +27,7 @@ from typing import Any
 
 from pullback.core.errors import ArgumentError
 from pullback.graphs.model import Node
-from pullback.graphs.passes.names import common
+from pullback.graphs.passes.names import ALIASES, common
 from pullback.graphs.passes.pattern import Choice, One, Parallel, Pattern, Serial, Test, View
 
 _common = lru_cache(maxsize=4096)(common)
@@ -126,7 +126,13 @@ class _Reader:
             return items[0]
         if not all(isinstance(i, One) for i in items):
             raise self.error("& joins what is said of one node: Conv & [3x3]")
-        return One(tuple(test for i in items if isinstance(i, One) for test in i.tests))
+        known = [i.operation for i in items if isinstance(i, One) and i.operation]
+        if len({_common(name) for name in known}) > 1:
+            raise ArgumentError(
+                f"pattern {self.text!r}: & joins what is said of one node, and no node is {' and '.join(known)} at "
+                f"once; write {' | '.join(known)} for parallel branches, {', '.join(known)} for one or the other"
+            )
+        return One(tuple(test for i in items if isinstance(i, One) for test in i.tests), known[0] if known else "")
 
     def unit(self) -> Pattern | None:
         if self.take("("):
@@ -141,13 +147,14 @@ class _Reader:
             self.index += 1
             return None
         tests: list[Test] = []
+        operation = text if kind == "name" and _common(text) in ALIASES else ""
         if kind != "facts":
             tests.append(_named(text, exact=kind == "label"))
             self.index += 1
         while self.index < len(self.tokens) and self.tokens[self.index][0] == "facts":
             tests += [self.fact(part) for part in self.tokens[self.index][1].split(",")]
             self.index += 1
-        return One(tuple(tests))
+        return One(tuple(tests), operation)
 
     def fact(self, text: str) -> Test:
         if re.fullmatch(r"\s*\d+(x\d+)*\s*", text):

@@ -48,9 +48,10 @@ Test = Callable[[Node, View], bool]
 
 @dataclass(frozen=True)
 class One:
-    """A single node."""
+    """A single node; `operation` is the name that it must have, if that is one of torch."""
 
     tests: tuple[Test, ...]
+    operation: str = ""
 
     def at(self, view: View, place: tuple[str, ...]) -> Match | None:
         """A match that begins at `place`: the nodes that follow what came before."""

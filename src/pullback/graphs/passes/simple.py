@@ -10,7 +10,7 @@ from pullback.core.errors import ArgumentError
 from pullback.graphs.model import GraphData, Node
 from pullback.graphs.passes.language import parse
 from pullback.graphs.passes.names import TITLES, common
-from pullback.graphs.passes.pattern import matches
+from pullback.graphs.passes.pattern import One, Parallel, matches
 from pullback.graphs.passes.rewrite import CARRIERS, Pass, bridged, without
 
 Which = str | Callable[[Node], bool]
@@ -22,6 +22,11 @@ class _Selecting(Pass):
     def __init__(self, pattern: Which) -> None:
         self.pattern = pattern
         self._parsed = None if callable(pattern) else parse(pattern)
+        if isinstance(self._parsed, Parallel) and all(isinstance(i, One) for i in self._parsed.items):
+            raise ArgumentError(
+                f"{type(self).__name__}: | means parallel branches; for one or the other write "
+                f"{str(pattern).replace(' |', ',')!r}, and for nodes of branches 'A > (B | C)'"
+            )
 
     def found(self, data: GraphData) -> set[str]:
         """Ids of the nodes that the pass is about."""

@@ -7,11 +7,21 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.nn import Parameter
 
 from pullback.core import nodes
 from pullback.core.errors import ArgumentError
 from pullback.graphs.model import Edge, GraphData, Node, Value
-from pullback.graphs.trace.names import Ids, materialized, named_parameters, named_tensors, ranked, value, value_of
+from pullback.graphs.trace.names import (
+    Ids,
+    materialized,
+    named_parameters,
+    named_tensors,
+    ranked,
+    structure,
+    value,
+    value_of,
+)
 from pullback.graphs.trace.numbers import Flow, gradient_flow
 from pullback.graphs.trace.saved import Ledger, storage_of
 
@@ -118,20 +128,23 @@ class _Tracer:
     def leaf(self, node: Any, leaf: Tensor) -> None:
         """A leaf, and the node that collects its gradient."""
         named = self._names.get(id(leaf))
-        label = named or ("parameter" if type(leaf).__name__ == "Parameter" else "leaf")
+        kind = "parameter" if isinstance(leaf, Parameter) else "leaf"
+        label = named or kind
         name, collects = self._unique(label), self._unique(f"{label}.grad")
         self.ids[node] = collects
         self._stored[storage_of(leaf)[0]] = name
         group = self._modules.get(node, ())
-        self.nodes.append(Node(name, label, "parameter" if named else "leaf", (value_of(leaf),), group))
+        self.nodes.append(Node(name, label, kind, (value_of(leaf),), group))
         self.nodes.append(Node(collects, "AccumulateGrad", "accumulate", _values(node), group))
         self.edges.append(Edge(name, collects, norm=self._flow.leaves.get(node) if self._flow else None))
 
     def operation(self, node: Any) -> None:
         """An operation, its edges from what it used, and what it keeps."""
-        label = nodes.name(node)
-        name = self.ids[node] = self._unique(label)
         op = nodes.operator(node)
+        label = nodes.name(node)
+        if op is not None:
+            label = structure(getattr(self._modules, "operators", {}).get(node, label))
+        name = self.ids[node] = self._unique(label)
         custom = isinstance(node, BackwardCFunction)
         kind = "operator" if op is not None else "function" if custom else "operation"
         details = {} if custom else nodes.settings(node)

@@ -38,6 +38,16 @@ def label_of(func: Any) -> str:
     return name.split(".")[0] if isinstance(func, torch._ops.OpOverload) else name
 
 
+def writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call may change the numbers of its arguments."""
+    if kwargs.get("out") is not None or kwargs.get("max_norm") is not None:  # the latter of embeddings
+        return True
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__") or name.strip("_") in _IN_PLACE
+    return name.endswith("_") and name not in SILENT
+
+
 def is_fresh(label: str) -> bool:
     """Whether a function of this name takes nothing but shape and dtype from its argument."""
     return _FRESH.fullmatch(label) is not None

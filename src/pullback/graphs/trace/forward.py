@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +15,8 @@ from pullback.core import nodes
 from pullback.core.errors import ArgumentError
 from pullback.graphs.model import Edge, GraphData, Node, ordered
 from pullback.graphs.passes.fold import Collapse
-from pullback.graphs.trace.modules import Memory, Path, Stack, random_state, surroundings
+from pullback.graphs.trace.memory import Memory, random_state
+from pullback.graphs.trace.modules import Path, Stack, surroundings
 from pullback.graphs.trace.names import Ids, arguments, materialized, named_tensors, value_of
 from pullback.graphs.trace.numbers import forward_norms
 from pullback.graphs.trace.origins import Known, group_leaves
@@ -32,8 +34,9 @@ def forward_graph(
 ) -> GraphData:
     """The graph of f(*args, **kwargs): inputs, parameters, buffers, operations and results.
 
-    The function is run once, as it is. Afterwards training flags, buffers of the modules that ran (running means) and
-    all random states are as before, also if it raises. What it does to parameters or to other objects stays done.
+    The function is run once, as it is. Afterwards training flags, buffers and parameters of the modules that ran, their
+    `.grad` and all random states are as before, also if it raises. What it does to other objects stays done, such as
+    to the state of an optimizer.
     An operator of this library, a custom Function and a function of this library are one node each. Where values pass
     and gradients do not (`detach`, `.data`, no_grad, integers), the edge is "cut" and says why. Modules are groups; a
     module that is called again by the same parent is a group of its own, "relu (2)".
@@ -64,7 +67,12 @@ def forward_graph(
     norms: list[float | None] = [None] * len(links)
     starts: dict[int, float] = {}
     if gradients:
-        norms, starts = forward_norms(links, recorder.owner, [t for _, t, *_ in found if t.requires_grad])
+        live = [t for _, t, *_ in found if t.requires_grad]
+        norms, starts, origins = forward_norms(links, recorder.owner, live)
+        if not any("nan" in op.flags for op in ops):  # else the gradients follow from the numbers
+            for index in origins:
+                ops[index].flags.add("nan")
+                ops[index].details["not finite"] = "the gradient that it passes on"
     drawn = [
         Node(i, op.label, op.kind, tuple(op.values), op.group, op.details, frozenset(op.flags), source=op.source)
         for i, op in zip(ids, ops, strict=True)
@@ -89,9 +97,15 @@ def forward_graph(
 
 
 class ModulePaths(dict[Any, Path]):
-    """Autograd node -> path of the module that made it. `classes`: path -> class of the module."""
+    """Autograd node -> path of the module that made it.
+
+    `classes`: path -> class of the module; `operators`: autograd node -> the operator of this library that was called;
+    `leaves`: (name, tensor) of arguments, parameters and buffers that were met.
+    """
 
     classes: dict[Path, str]
+    leaves: list[tuple[str, Tensor]]
+    operators: dict[Any, str]
 
 
 def module_paths(
@@ -104,11 +118,16 @@ def module_paths(
     """
     recorder, stack, outputs = _trace(f, args, kwargs, False)
     paths = ModulePaths()
-    paths.classes = {}
+    paths.classes, paths.operators = {}, {}
+    held = recorder.known.values()
+    paths.leaves = [(name, t) for name, how, t in held if name and (how in ("parameter", "buffer") or t.requires_grad)]
     for _, t in named_tensors(outputs, "output"):
         recorder.find(t)
     for node, index in recorder.owner.items():
-        group = recorder.ops[index].group
+        op = recorder.ops[index]
+        group = op.group
+        if "operator" in op.details and nodes.operator(node) is not None and not op.region:
+            paths.operators[node] = op.label
         if nodes.variable(node) is None and group:
             paths[node] = group
             for k in range(1, len(group) + 1):
@@ -131,23 +150,28 @@ def _trace(
     args = tuple(args) if isinstance(args, (list, tuple)) else (args,)
     kwargs = dict(kwargs or {})
     memory = Memory()
-    recorder = Recorder(_known(f, args, kwargs, memory), numbers, _run.__code__)
-    recorder.stack = stack = Stack(memory, recorder.begins, recorder.ends)
+    names: dict[int, str] = {}
+    recorder = Recorder(_known(f, args, kwargs, memory, names), numbers, _run.__code__, memory)
+    recorder.stack = stack = Stack(memory, recorder.begins, recorder.ends, names)
     with ExitStack() as context:
         context.callback(memory.restore)
         context.enter_context(random_state())
-        if (
-            "torch._dynamo" in sys.modules
-        ):  # compiled modules run by their Python code, so that there is something to see
+        if "torch._dynamo" in sys.modules:
+            # Compiled modules run by their Python code, so that there is something to see; they warn about our hooks.
             context.enter_context(torch.compiler.set_stance("force_eager"))
+            context.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         context.enter_context(stack.watching())
         context.enter_context(recorder)
         outputs = _run(f, args, kwargs)
     return recorder, stack, outputs
 
 
-def _known(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Memory) -> Known:
-    """What is known about tensors before the run. Modules that are found are remembered by `memory`."""
+def _known(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Memory, names: dict[int, str]) -> Known:
+    """What is known about tensors before the run.
+
+    Modules that are found are remembered by `memory`, and what the user calls them is written into `names`.
+    """
     known: Known = {}
     for label, t in named_tensors(arguments(f, args, kwargs), ""):
         known.setdefault(id(t), (label.removeprefix("."), "argument", t))
@@ -156,6 +180,8 @@ def _known(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Memory
             known.setdefault(id(thing), (name, "outside", thing))
             continue
         prefix = f"{name}." if name else ""
+        if name:
+            names.setdefault(id(thing), name)
         for module in thing.modules():
             memory.keep(module)
         for label, p in thing.named_parameters():

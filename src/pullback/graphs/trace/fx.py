@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from pullback.core import autograd
 from pullback.core.errors import ArgumentError, NotDifferentiableError
 from pullback.graphs.model import Edge, GraphData, Node, Value, ordered
-from pullback.graphs.trace.modules import Memory, Path, random_state
+from pullback.graphs.trace.memory import Memory, random_state
+from pullback.graphs.trace.modules import Path
 from pullback.graphs.trace.names import Ids, value, value_of
 
 Place = tuple[str, int]  # id of a node, which of its results

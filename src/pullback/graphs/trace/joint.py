@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pullback.core.errors import NotDifferentiableError
 from pullback.graphs.model import Edge, GraphData
 from pullback.graphs.trace.fx import Reader, untouched
-from pullback.graphs.trace.modules import random_state
+from pullback.graphs.trace.memory import random_state
 from pullback.graphs.trace.names import arguments, named_tensors
 
 

@@ -1,23 +1,20 @@
-"""Which module is running, and the state of modules kept as it was."""
+"""Which module is running, and which modules a function can see."""
 
 from __future__ import annotations
 
 import functools
-import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter as _same_version
 from torch.nn.modules import module as hooks
 
 from pullback.core.errors import ArgumentError
 from pullback.core.operator import Operator
+from pullback.graphs.trace.memory import Memory
 
 Path = tuple[str, ...]
 
@@ -38,7 +35,10 @@ def surroundings(f: Any) -> Iterator[tuple[str, Any]]:
             stack += [("", thing.func), *((f"argument{i}", a) for i, a in enumerate(thing.args))]
             stack += thing.keywords.items()
         elif isinstance(thing, MethodType):
-            stack += [("", thing.__self__), ("", thing.__func__)]
+            owner = thing.__self__
+            stack += [("", owner), ("", thing.__func__)]
+            if not isinstance(owner, (nn.Module, Tensor, type)):
+                stack += getattr(owner, "__dict__", {}).items()
         elif isinstance(thing, FunctionType):
             homes.append(thing.__module__)
             if thing.__module__ == homes[0]:  # helpers in the same file, not whole libraries
@@ -62,49 +62,6 @@ def _visible(f: FunctionType) -> list[tuple[str, Any]]:
     return found + [(name, f.__globals__[name]) for name in f.__code__.co_names if name in f.__globals__]
 
 
-class Memory:
-    """Training flags and buffers of modules, put back by `restore`."""
-
-    def __init__(self) -> None:
-        self._flags: dict[int, tuple[nn.Module, bool]] = {}
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep(self, module: nn.Module) -> None:
-        """Remember one module, without its children."""
-        if id(module) in self._flags:
-            return
-        self._flags[id(module)] = module, module.training
-        for b in module._buffers.values():
-            if b is not None and b.grad_fn is None:
-                self._buffers[id(b)] = b, b.detach().clone()
-
-    def restore(self) -> None:
-        """Write back what has changed; version counters stay, so graphs made meanwhile can still run backward."""
-        for module, flag in self._flags.values():
-            module.training = flag
-        with torch.no_grad():
-            for b, old in self._buffers.values():
-                if b.is_inference():
-                    continue
-                with _same_version((b,)):
-                    b.copy_(old)
-
-
-@contextmanager
-def random_state() -> Iterator[None]:
-    """Random numbers drawn inside leave no trace: torch, CUDA if it is in use, NumPy, Python."""
-    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
 class Stack:
     """The modules whose forward is running in this thread, as paths: ("Net", "layer4", "1", "relu").
 
@@ -116,8 +73,9 @@ class Stack:
     def __init__(
         self,
         memory: Memory,
-        begin: Callable[[nn.Module], None],
+        begin: Callable[[nn.Module, Path], None],
         end: Callable[[nn.Module, Any, Any, Any], None],
+        names: Mapping[int, str],
     ) -> None:
         self.path: Path = ()
         self.busy = False  # torch functions that are called meanwhile are not part of the computation
@@ -127,6 +85,7 @@ class Stack:
         self._names: dict[int, dict[int, str]] = {}
         self._memory = memory
         self._begin, self._end = begin, end
+        self._outer = names
         self._thread = threading.get_ident()
 
     @contextmanager
@@ -152,12 +111,12 @@ class Stack:
 
     def _entered(self, module: nn.Module) -> None:
         refuse_lazy(module)
-        self._memory.keep(module)
+        self._memory.keep(module, running=True)
         parts = self._below(module)
         path = self.path
         if isinstance(module, Operator):  # drawn as one node, not as a group
             self.running.append((module, path))
-            self._begin(module)
+            self._begin(module, (*path, *parts))
             return
         inner = self.running[-1][0] if self.running else module
         for part in parts[:-1]:
@@ -166,6 +125,7 @@ class Stack:
         count = self._calls[path, parts[-1]] = self._calls.get((path, parts[-1]), 0) + 1
         path = (*path, parts[-1] if count == 1 else f"{parts[-1]} ({count})")
         self.classes[path] = type(module).__name__
+        self._begin(module, path)
         self.running.append((module, self.path))
         self.path = path
 
@@ -185,7 +145,7 @@ class Stack:
             self.busy = False
 
     def _below(self, module: nn.Module) -> list[str]:
-        """The module's name below the one that is running; a class name at the top."""
+        """The module's name below the one that is running; at the top the user's name for it, or its class."""
         if self.running:
             parent = self.running[-1][0]
             names = self._names.get(id(parent))
@@ -197,7 +157,7 @@ class Stack:
                 self._names[id(parent)] = names
             if names.get(id(module)):
                 return names[id(module)].split(".")
-        return [type(module).__name__]
+        return [self._outer.get(id(module), type(module).__name__)]
 
 
 def refuse_lazy(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -93,12 +94,23 @@ def named_parameters(params: Any) -> list[tuple[str, Tensor]]:
     found = []
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+            what = type(pair).__name__
+            if isinstance(pair, tuple) and len(pair) == 2:
+                what = f"{pair[0]!r}: {type(pair[1]).__name__}"
             raise ArgumentError(
                 f"params must be a dict from names to tensors, a module, or pairs (name, tensor); got the item "
-                f"{type(pair).__name__}; write params=dict(net.named_parameters())"
+                f"{what}; write params=dict(net.named_parameters())"
             )
         found.append((str(pair[0]), pair[1]))
     return found
+
+
+_FACTS = re.compile(r"\b(?!Var\()([A-Z]\w*)\((?:[^()\[\]A-Z]|\([^()\[\]A-Z]*\))*\)")
+
+
+def structure(expression: str, limit: int = 36) -> str:
+    """An operator's expression; one of more than `limit` letters without sizes: "2 * Smoothing2D.H @ Smoothing2D"."""
+    return expression if len(expression) <= limit else _FACTS.sub(r"\1", expression)
 
 
 class Ids:

@@ -136,8 +136,8 @@ def _starts(outputs: Sequence[Tensor], grad_outputs: Any) -> list[Tensor]:
 
 def forward_norms(
     links: Sequence[Any], owner: dict[Any, int], outputs: Sequence[Tensor]
-) -> tuple[list[float | None], dict[int, float]]:
-    """(norm for each edge of a forward graph, id of output -> norm of the ones that the pass begins with).
+) -> tuple[list[float | None], dict[int, float], set[int]]:
+    """(norm for each edge, id of output -> norm of the ones that the pass begins with, ops that spoil gradients).
 
     Args:
         links: edges with `.target` (an op) and `.key`, the gradient edge of the tensor
@@ -147,7 +147,7 @@ def forward_norms(
     """
     norms: list[float | None] = [None] * len(links)
     if not outputs:
-        return norms, {}
+        return norms, {}, set()
     order = nodes.topological(nodes.root(t)[0] for t in outputs)
     wanted: dict[tuple[int, Any, int], list[int]] = {}
     for i, link in enumerate(links):
@@ -165,4 +165,5 @@ def forward_norms(
         places = uses.get(key, [])
         for k, i in enumerate(indices):
             norms[i] = flow.sums.get(key) if key in flow.sums else flow.edges.get(places[k]) if places else None
-    return norms, dict(zip(map(id, outputs), flow.results, strict=True))
+    origins = {owner[node] for node in flow.origins if node in owner}
+    return norms, dict(zip(map(id, outputs), flow.results, strict=True)), origins

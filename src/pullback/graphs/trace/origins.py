@@ -11,7 +11,7 @@ from torch.autograd.function import BackwardCFunction
 from pullback.core import nodes
 from pullback.graphs.model import Value
 from pullback.graphs.trace.modules import Path, Stack, common_path
-from pullback.graphs.trace.names import value, value_of
+from pullback.graphs.trace.names import structure, value, value_of
 from pullback.graphs.trace.numbers import is_finite
 from pullback.graphs.trace.saved import storage_of
 
@@ -175,7 +175,7 @@ class Origins:
                 continue
             custom = isinstance(node, BackwardCFunction)
             kind = "operator" if nodes.operator(node) is not None else "function" if custom else "operation"
-            op = Op(nodes.name(node), kind, self.stack.path if self.stack else (), live=True)
+            op = Op(structure(nodes.name(node)), kind, self.stack.path if self.stack else (), live=True)
             op.values = [value(*r) for r in nodes.results(node)]
             index = self._add(op)
             self.owner[node] = index

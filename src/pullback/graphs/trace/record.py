@@ -14,8 +14,9 @@ import pullback.graphs.trace.calls as calls
 import pullback.graphs.trace.frames as frames
 from pullback.core import nodes
 from pullback.core.operator import Operator
+from pullback.graphs.trace.memory import Memory
 from pullback.graphs.trace.modules import Path
-from pullback.graphs.trace.names import named_tensors, value_of
+from pullback.graphs.trace.names import named_tensors, structure, value_of
 from pullback.graphs.trace.origins import NOT, Entry, Key, Known, Link, Op, Origins, has_gradient, version_of
 from pullback.graphs.trace.saved import storage_of
 
@@ -27,10 +28,12 @@ class Recorder(Origins, TorchFunctionMode):
         known: see `Known`.
         numbers: look for the first nan or inf, and keep what gradients per edge need.
         base: code of the function that calls the user's.
+        memory: of the modules' state; it is told before something writes to tensors.
     """
 
-    def __init__(self, known: Known, numbers: bool, base: CodeType) -> None:
+    def __init__(self, known: Known, numbers: bool, base: CodeType, memory: Memory) -> None:
         super().__init__(known, numbers)
+        self._state = memory
         self._base = base
         self._grad = torch.is_grad_enabled()
         self._operator = 0  # how many operators of this library are running
@@ -46,6 +49,10 @@ class Recorder(Origins, TorchFunctionMode):
             return func(*args, **kwargs)
         before = [(t, has_gradient(t), version_of(t)) for t in calls.tensors_in((*args, *kwargs.values()))]
         keys = [self._key(t) if needs else None for t, needs, _ in before]
+        if calls.writes(func, kwargs):
+            self._state.writing(t for t, *_ in before)
+        elif getattr(func, "__name__", "") == "backward":
+            self._state.differentiating()
         grad = torch.is_grad_enabled()
         out = func(*args, **kwargs)
         made = [out] if isinstance(out, Tensor) else [t for _, t in named_tensors(out, "")] if _holds(out) else []
@@ -141,9 +148,14 @@ class Recorder(Origins, TorchFunctionMode):
         if all((k.source, k.output) != (entry.op, output) for k in inputs):
             self.links.append(Link(entry.op, output, index, len(inputs), entry.reason, needs, key))
 
-    def begins(self, op: nn.Module) -> None:
-        """An operator of this library starts; what runs until it ends is one node."""
-        self._operator += 1
+    def begins(self, module: nn.Module, path: Path) -> None:
+        """A module starts. What it holds gets names; an operator of this library is one node, whatever it runs."""
+        self._operator += isinstance(module, Operator)
+        inner = path[1:] if self.stack and self.stack.classes.get(path[:1]) == path[0] else path
+        for table, how in ((module._parameters, "parameter"), (module._buffers, "buffer")):
+            for name, t in table.items():
+                if t is not None:
+                    self.known.setdefault(id(t), (".".join((*inner, name)), how, t))
 
     def ends(self, op: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A module has run (its output is None if it failed)."""
@@ -164,7 +176,7 @@ class Recorder(Origins, TorchFunctionMode):
             before = [(t, has_gradient(t), 0) for t in used]
             self._inside(place, before, [self._key(t) for t in used], [t for _, t in named_tensors(output, "")])
         else:
-            self._opaque(op._expression(), "operator", used, output, {"operator": repr(op)}, place)
+            self._opaque(structure(op._expression()), "operator", used, output, {"operator": repr(op)}, place)
 
     def _opaque(
         self, label: str, kind: str, used: list[Tensor], output: Any, details: dict[str, Any], place: frames.Place
