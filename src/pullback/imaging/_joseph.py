@@ -234,6 +234,9 @@ class _JosephSampler(LinearOperator):
             return None
         return _JosephSampler(*self._held(), dims=self.dims, order=1, row_power=int(i == 0))
 
+    def _expression(self, level: int = 0) -> str:
+        return f"XRayTransform({self.extra_repr()})"
+
     def _forward(self, x: Tensor) -> Tensor:
         return self._apply_real(x, self._project, self.dimsd)
 

@@ -101,6 +101,9 @@ class _NUFFT(LinearOperator):
         p_y, p_x = self._powers
         return _NUFFT(*self._held(), dims=self.dims, powers=(p_y + (i == 0), p_x + (i == 1)))
 
+    def _expression(self, level: int = 0) -> str:
+        return f"XRayTransform({self.extra_repr()})"
+
     def _forward(self, x: Tensor) -> Tensor:
         return self._transform(2, x if self._powers == (0, 0) else x * self._factor(x))
 
