@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ from torch.autograd.functional import hvp
 
 from pullback.autodiff.hessian import hessian
 from pullback.autodiff.jacobian import jacobian
+from pullback.autodiff.propagate import propagate
+from pullback.autodiff.sparse.evaluate import sparse_jacobian
+from pullback.autodiff.sparse.pattern import sparsity_pattern
+from pullback.autodiff.sparse.plan import SparsePlan
 
 Call = Callable[[], Any]
 D = torch.float64
@@ -106,6 +111,40 @@ def dense(n: int, m: int) -> tuple[Call, Call]:
     return lambda: jacobian(f, x).todense(), lambda: theirs(x)
 
 
+def tridiagonal(x: Tensor) -> Tensor:
+    """Every value depends on three neighbours."""
+    p = torch.nn.functional.pad(x, (1, 1))
+    return 3 * x**2 + x * p[:-2] - torch.sin(p[2:])
+
+
+def sparse(n: int, planned: bool) -> tuple[Call, Call]:
+    """The tridiagonal Jacobian as CSR, checked, beside the dense one; with a plan, or with tracing and colouring."""
+    x = randn(n)
+    plan = SparsePlan.jacobian(sparsity_pattern(tridiagonal, x)) if planned else None
+    return lambda: sparse_jacobian(tridiagonal, x, plan), lambda: torch.func.jacrev(tridiagonal)(x)
+
+
+def uncertainty(transform: Callable[..., Any], damped: bool) -> tuple[Call, Call]:
+    """Mean and standard deviation of a decay, 2 inputs and 1000 outputs, beside f(x) and sqrt(diag(J S J^T))."""
+    t = torch.linspace(0, 10, 1000, dtype=D)
+    x = torch.tensor([2.0, 0.3], dtype=D)
+    S = torch.tensor([[0.04, 0.003], [0.003, 0.001]], dtype=D)
+
+    def f(p: Tensor) -> Tensor:
+        decay = p[0] * torch.exp(-p[1] * t)
+        return decay * torch.cos(2 * t) if damped else decay
+
+    def ours() -> Tensor:
+        result = propagate(f, x, S)
+        return torch.stack([result.mean, result.std])
+
+    def theirs() -> Tensor:
+        J = transform(f)(x)
+        return torch.stack([f(x), (J @ S @ J.T).diagonal().sqrt()])
+
+    return ours, theirs
+
+
 def cases(quick: bool) -> Iterator[Case]:
     few = 5 if quick else 15
     large = 1000 if quick else 10000
@@ -117,10 +156,16 @@ def cases(quick: bool) -> Iterator[Case]:
     yield Case("hvp, 100 products, network loss", 2, lambda: network_products(100), few)
     yield Case("dense Jacobian 10 x 500, reverse", 1, lambda: dense(500, 10), few, 10)
     yield Case("dense Jacobian 500 x 10, forward", 1, lambda: dense(10, 500), few, 10)
+    yield Case("sparse Jacobian, n = 3000, by jacrev", 200, lambda: sparse(3000, True), 4 if quick else 7)
+    yield Case("the same with its pattern and colouring", 20, lambda: sparse(3000, False), 1 if quick else 5)
+    for name, transform in (("jacrev", torch.func.jacrev), ("jacfwd", torch.func.jacfwd)):
+        yield Case(f"propagate, by {name}", 5, partial(uncertainty, transform, False), few, 10)
+        yield Case(f"propagate, damped, by {name}", 5, partial(uncertainty, transform, True), few, 10)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
     """The relative difference in norm of two results."""
+    a = a if a.layout == torch.strided else a.to_dense()
     return float(torch.linalg.vector_norm(a.detach() - b.detach()) / torch.linalg.vector_norm(b.detach()))
 
 

@@ -117,7 +117,7 @@ def test_the_number_of_calls_does_not_grow_with_the_input():
     for n in (3, 100000):
         calls.clear()
         check_gradient(f, torch.randn(n, dtype=torch.float64), n_directions=1)
-        assert len(calls) < 60
+        assert len(calls) < 70
     few = len(calls)
     check_gradient(f, X, n_directions=3)
     assert len(calls) - few > 2 * few

@@ -182,3 +182,30 @@ def test_errors():
     ):
         with pytest.raises(error, match=text):
             numeric_derivative(*arguments, **options)
+
+
+def test_structure_finer_than_the_steps_is_seen():
+    """Large steps can agree with each other on something else than the derivative."""
+    tensor = lambda p: torch.tensor(p, dtype=torch.float64)  # noqa: E731
+    cases = [
+        (torch.sin, torch.cos, (1e3, 1e4, 1e5, 1e6)),
+        (lambda x: torch.sin(50 * x), lambda x: 50 * torch.cos(50 * x), (2.0, 30.0)),
+        (torch.tan, lambda x: torch.cos(x) ** -2, (1.5, 1.57, 1.5707)),
+        (lambda x: 1 / (1 - x), lambda x: (1 - x) ** -2, (0.9, 0.99, 0.9999, 1.0001)),
+        (lambda x: torch.tanh(1e3 * (x - 1)), lambda x: 1e3 / torch.cosh(1e3 * (x - 1)) ** 2, (1.0, 1.001, 1.003)),
+        (lambda x: torch.relu(x - 1), lambda x: (x > 1).double(), (0.999, 1.001, 1.0001, 1.1)),
+        (lambda x: torch.sqrt(1 - x), lambda x: -0.5 / torch.sqrt(1 - x), (0.9999,)),
+    ]
+    for f, df, points in cases:
+        for p in points:
+            found, want = numeric_derivative(f, tensor(p)), float(df(tensor(p)))
+            error = abs(float(found.value) - want)
+            assert error <= 3 * float(found.error) + 1e-12 * abs(want), (p, found, want)
+            assert error <= 0.05 * abs(want) + 1e-5, (p, found, want)
+
+
+def test_jumps_of_rounding_are_no_structure():
+    """A function that computes in single precision is constant between jumps; larger steps are right."""
+    x = torch.tensor([1.0, 2.0, 0.3], dtype=torch.float64)
+    found = numeric_derivative(lambda x: torch.sin(x.float()).double(), x, torch.ones_like(x))
+    torch.testing.assert_close(found.value, torch.cos(x), rtol=1e-3, atol=0)

@@ -43,11 +43,16 @@ def gauss_newton(
 
     Returns: a Curvature with the parts `J` and `W`, differentiable as those are.
 
+    Raises: ArgumentError, ShapeError if the loss is not one number, DtypeError, NotDifferentiableError.
+
     Cost: one J v, one product with the Hessian of the loss, one J^H w for each product.
 
     Source: N. N. Schraudolph 2002, doi 10.1162/08997660260028683.
     """
     refuse_holomorphic("gauss_newton", complex)
+    if not callable(loss) or not args:
+        got = type(loss).__name__ if not callable(loss) else "no point"
+        raise ArgumentError(f"gauss_newton: write gauss_newton(f, loss, x), with a function loss of f(x); got {got}")
     return _around("gauss_newton", f, loss, args, complex)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pullback.autodiff.tree import Space, TreeFunction
 from pullback.core.algebra import Adjoint
 from pullback.core.errors import ArgumentError, DtypeError
+from pullback.core.interop import device_of
 from pullback.core.linearize import Recording, _Differential, frozen, recordable
 from pullback.core.operator import LinearOperator
 
@@ -73,6 +74,40 @@ class _OnTrees(LinearOperator):
     def pull(self, tree: Any) -> Any:
         """A^H w as a tree of the structure of x, whatever w is: a tree like f(x), or a vector."""
         return self.unpack(super()._call(self._vector(tree, self.range), True))
+
+    def todense(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """The matrix, of shape (m, n), by products with `chunk_size` unit vectors at a time.
+
+        Raises: ArgumentError if it cannot fit into memory, or if complex="wirtinger", which has no complex matrix.
+        """
+        self._require_matrix("complex='real' gives a real one")
+        return super().todense(dtype, device, chunk_size=chunk_size)
+
+    def _require_matrix(self, instead: str) -> None:
+        """Raise where there is no matrix, or none that this machine can hold: a long loop would end without a word."""
+        if not self._clinear and not self._real_domain:
+            raise ArgumentError(
+                f"todense: with complex='wirtinger' {type(self).__name__} is linear over the reals only and has no "
+                f"complex matrix; {instead}"
+            )
+        if device_of(self).type != "cpu":
+            return  # other devices raise by themselves
+        m, n = self.shape
+        try:
+            torch.empty(2 * m * n * self.dtype.itemsize, dtype=torch.uint8, device="cpu")  # chunks and their union
+        except RuntimeError:
+            raise ArgumentError(
+                f"todense: a matrix of shape {self.shape} does not fit into memory; products, trace(method='hutch++'), "
+                f"diag(neval=...), eigs(k) and sparse_jacobian or sparse_hessian work without it"
+            ) from None
+
+    diag = LinearOperator.diagonal  # torch's name for it
 
     @property
     def H(self) -> LinearOperator:

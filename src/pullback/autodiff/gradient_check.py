@@ -23,6 +23,7 @@ from pullback.autodiff.gradient_culprit import first_wrong, watched, wrong_opera
 from pullback.autodiff.gradient_report import GradientReport, GradientResult
 from pullback.autodiff.numeric import NumericDerivative, numeric_derivative
 from pullback.core.errors import ArgumentError, NotDifferentiableError
+from pullback.core.linearize import forward_mode
 
 _RTOL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 _EPS = torch.finfo(torch.float64).eps
@@ -61,7 +62,7 @@ def check_gradient(
     Raises: CheckError with the table as its text: a wrong or missing derivative, in-place changes of an input, results
         that differ between two calls, or that are not finite. ArgumentError if there is nothing to check.
 
-    Cost: about 40 evaluations of f for each input tensor and direction, whatever its size.
+    Cost: about 50 evaluations of f for each input tensor and direction, whatever its size.
 
     Not checked: derivatives of second order, and points other than x.
     """
@@ -286,7 +287,7 @@ def _reverse(problem: _Problem, i: int, d: Tensor, w: Tensor) -> tuple[float, st
 
 def _forward(problem: _Problem, i: int, d: Tensor, w: Tensor) -> tuple[float, str]:
     leaves = problem.copies()
-    with forward_ad.dual_level(), torch.no_grad():
+    with forward_mode(), forward_ad.dual_level(), torch.no_grad():
         leaves[i] = forward_ad.make_dual(leaves[i], d)
         tangent = forward_ad.unpack_dual(problem.numbers(leaves)).tangent
     if tangent is None:

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from pullback.autodiff.numeric import numeric_derivative
 from pullback.core import nodes
 from pullback.core.check import CheckError, dottest
+from pullback.core.linearize import forward_mode
 from pullback.core.operator import LinearOperator
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -146,7 +147,7 @@ def _local_gap(call: Call, forward: bool) -> str:
         want, bar = float(w @ numeric.value), float(w.abs() @ numeric.error)
         scale = float(torch.linalg.vector_norm(w * numeric.value)) + abs(want)
         if forward:
-            with forward_ad.dual_level():
+            with forward_mode(), forward_ad.dual_level():
                 tangent = forward_ad.unpack_dual(
                     run(*(forward_ad.make_dual(p, d) if j == k else p for j, p in enumerate(points)))
                 ).tangent

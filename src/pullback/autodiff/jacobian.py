@@ -22,11 +22,11 @@ _MODES = ("forward", "reverse")
 def jacobian(f: Callable[..., Any], *args: Any, complex: str | None = None, mode: str | None = None) -> Jacobian:
     """J with J v = f'(x) v and J.H w = f'(x)^H w, without the matrix.
 
-    One tensor in and one out: J has `dims` = x.shape and `dimsd` = f(x).shape, and acts on tensors (..., *dims) as any
-    operator does. Where an argument or the value is a tree (tuple, list, dict, nested), the vectors of that side are
-    flat, `J @ tree` and `J.H @ tree` give trees, `J.pack`, `J.unpack`, `J.pack_range` and `J.unpack_range` go from
-    trees to vectors and back, and `J.push(v)`, `J.pull(w)` always give trees. Leaves that are no floating point or
-    complex tensors are constants. `J.value` is f(x).
+    One tensor in and one out: J has `dims` = x.shape and `dimsd` = f(x).shape, where a 0-d tensor counts as (1,), and
+    acts on tensors (..., *dims) as any operator does. Where an argument or the value is a tree (tuple, list, dict,
+    nested), the vectors of that side are flat, `J @ tree` and `J.H @ tree` give trees, `J.pack`, `J.unpack`,
+    `J.pack_range` and `J.unpack_range` go from trees to vectors and back, and `J.push(v)`, `J.pull(w)` always give
+    trees. Leaves that are no floating point or complex tensors are constants. `J.value` is f(x).
 
     Args:
         f: function or module of the arguments, deterministic, in differentiable torch; a tensor or tree of tensors.
@@ -104,13 +104,10 @@ class Jacobian(_TreeDifferential):
             mode: "forward" or "reverse"; `J.mode` if None. If an operation has no forward derivative, None goes over to
                 reverse and `J.mode` says so.
 
-        Raises: ArgumentError for complex="wirtinger" (see `dz` and `dzbar`), NotDifferentiableError.
+        Raises: ArgumentError for complex="wirtinger" (see `dz` and `dzbar`), or if it cannot fit into memory;
+        NotDifferentiableError.
         """
-        if not self._clinear and not self._real_domain:
-            raise ArgumentError(
-                "todense: with complex='wirtinger' J is linear over the reals only and has no complex matrix; use "
-                "J.dz.todense() and J.dzbar.todense(), or complex='real'"
-            )
+        self._require_matrix("use J.dz.todense() and J.dzbar.todense(), or complex='real'")
         if mode is not None and mode not in _MODES:
             raise ArgumentError(f"todense: mode must be 'forward', 'reverse' or None; got {mode!r}")
         chosen = self.mode.split(":")[0] if mode is None else mode

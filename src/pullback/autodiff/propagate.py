@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pullback.autodiff._covariance import Covariance, covariance
-from pullback.core import autograd, nodes
+from pullback.core import autograd
 from pullback.core.errors import ArgumentError, DtypeError, NotDifferentiableError, ShapeError
+from pullback.core.linearize import Unchanged, private, uses_others
 from pullback.core.operator import LinearOperator, Operator
 from pullback.linops import MatrixMult
 
@@ -97,6 +98,7 @@ class Propagated:
         )  # a copy: x may be changed in place before std is asked for
 
         def function(v: Tensor) -> Tensor:
+            v = private(v)
             parts = v.split([s.numel() for s in shapes]) if len(shapes) > 1 else (v,)
             return f(tree_unflatten([p.reshape(s) for p, s in zip(parts, shapes, strict=True)], spec))
 
@@ -276,7 +278,12 @@ class Propagated:
         shifts = draws * root if root.ndim == 1 else draws @ root.mT
         chunk = max(1, _CHUNK // max(self.input_cov.n, self._value.numel()))
         with torch.no_grad():
-            y = torch.func.vmap(self._f, chunk_size=chunk)(x + shifts).to(torch.float64)
+            try:
+                y = torch.func.vmap(self._f, chunk_size=chunk)(x + shifts).to(torch.float64)
+            except RuntimeError as error:
+                if "random operation" not in str(error):
+                    raise
+                raise ArgumentError("check: f must be deterministic, but draws random numbers; use eval()") from error
             mean, centred = y.mean(0), y - y.mean(0)
             variance, fourth = centred.square().mean(0), centred.pow(4).mean(0)
             std = variance.sqrt()
@@ -335,7 +342,8 @@ def _evaluate(f: Callable[[Tensor], Any], x: Tensor) -> tuple[tuple[Tensor, Tens
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone() if x.is_inference() else x
         point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        y = f(point)
+        with Unchanged("propagate", (point,)):
+            y = f(point)
         flat = y.reshape(-1) if isinstance(y, Tensor) else None
     if flat is None or not y.is_floating_point():
         return None, y  # refused by the caller
@@ -344,14 +352,8 @@ def _evaluate(f: Callable[[Tensor], Any], x: Tensor) -> tuple[tuple[Tensor, Tens
             "propagate: autograd sees no way from f(x) to x; write f in torch without detach(), .item(), .numpy() and "
             "torch.no_grad()"
         )
-    live = torch.is_grad_enabled() and (x.requires_grad or _uses_others(y, point))
+    live = torch.is_grad_enabled() and (x.requires_grad or uses_others(y, point))
     return (point, flat), y if live else y.detach()
-
-
-def _uses_others(y: Tensor, point: Tensor) -> bool:
-    """Whether y depends on leaves beside `point`."""
-    every = nodes.topological([nodes.root(y)[0]])
-    return any((leaf := nodes.variable(n)) is not None and leaf is not point for n in every)
 
 
 def _products(point: Tensor, y: Tensor, live: bool) -> _Products:

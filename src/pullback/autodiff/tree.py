@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pullback.core.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from pullback.core.linearize import cast
+from pullback.core.linearize import cast, private
 from pullback.core.shapes import size
 
 
@@ -224,7 +224,7 @@ class TreeFunction:
 
     def evaluate(self, f: Callable[..., Any], points: Sequence[Tensor]) -> Any:
         """The value at the point, as f returns it."""
-        tree = self.domain.tree(points, self.constants)
+        tree = self.domain.tree([private(p) for p in points], self.constants)
         value = f(tree) if self.single else f(*tree)
         if self.range is None:
             self.range = Space(value, self.owner, "f(x)", self.paired)

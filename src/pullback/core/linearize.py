@@ -8,8 +8,11 @@ derivative. Inside torch.func transforms and torch.compile the same products are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,9 +25,11 @@ from pullback.core.operator import LinearOperator, _unshared
 from pullback.core.shapes import complex_of, real_of, size
 
 Tensors = Sequence[Tensor]
+_forward_lock = threading.RLock()
 # The code of every `backward` that is marked so, by which it is known.
 _ONCE = torch.autograd.function.once_differentiable(len).__code__
 _CHANGED = "modified by an inplace operation"
+_LEAF = "leaf Variable that requires grad is being used in an in-place operation"
 
 
 def recordable(*tensors: Tensor) -> bool:
@@ -39,10 +44,59 @@ def recordable(*tensors: Tensor) -> bool:
 
 def frozen(t: Tensor) -> Tensor:
     """A copy of `t`, connected to it, that later changes of `t` in place do not reach."""
-    if t.is_inference():
+    if t.is_inference() or torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return t.clone()
     return t.clone(memory_format=torch.contiguous_format)
+
+
+class Unchanged:
+    """A context that refuses functions which write into their arguments: derivatives would belong to another point.
+
+    Raises: ArgumentError.
+    """
+
+    def __init__(self, owner: str, points: Tensors) -> None:
+        self.owner, self.points = owner, points
+
+    def __enter__(self) -> None:
+        self.versions = [p._version for p in self.points]
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if any(p._version != v for p, v in zip(self.points, self.versions, strict=True)) or _LEAF in str(error):
+            raise ArgumentError(
+                f"{self.owner}: the function changes its argument in place (or another leaf that requires grad), so "
+                f"that its derivative would be taken at another point; work on a copy: x = x.clone()"
+            ) from error
+
+
+def private(x: Tensor) -> Tensor:
+    """`x`, or a copy inside of transforms, where nobody sees that a function changes its argument in place."""
+    return x.clone() if not torch.compiler.is_compiling() and autograd.transforms_active() else x
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """A stretch of forward mode, for one thread at a time: its level belongs to the whole process."""
+    _load_forward()
+    with _forward_lock:
+        yield
+
+
+@functools.cache
+def _load_forward() -> None:
+    """Load what torch loads when forward mode is first used, without the warnings about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+
+def uses_others(y: Tensor, point: Tensor) -> bool:
+    """Whether `y` was computed from a leaf that requires grad other than `point`."""
+    if not y.requires_grad:
+        return False
+    leaves = (nodes.variable(n) for n in nodes.topological([nodes.root(y)[0]]))
+    return any(leaf is not None and leaf is not point for leaf in leaves)
 
 
 def _recording() -> AbstractContextManager[Any]:
@@ -68,7 +122,8 @@ class Recording:
         self.function, self.spent = function, False
         with _recording():
             self.points = [t if t.requires_grad else t.detach().requires_grad_() for t in at]
-            self.values: list[Tensor] = list(function(self.points))
+            with Unchanged("derivative", self.points):
+                self.values: list[Tensor] = list(function(self.points))
             if not any(v.requires_grad for v in self.values):
                 raise NotDifferentiableError(
                     "the function has no derivative: autograd sees no way from its value to x; write it in torch "
@@ -80,8 +135,7 @@ class Recording:
             if gradient and self._reason:
                 raise NotDifferentiableError(f"the function has no Hessian: {self._reason}")
             self.outs = self._gradient() if gradient else self.values
-        self._pulled: list[Tensor] | None = None
-        self._seeds: list[Tensor] = []
+        self._pullback: tuple[list[Tensor], list[Tensor]] | None = None  # f'(x)^H g with its graph, and g
 
     def _gradient(self) -> list[Tensor]:
         found = torch.autograd.grad(self.values, self.points, create_graph=True, allow_unused=True)
@@ -157,22 +211,25 @@ class Recording:
         """f'(x) v for tangents of shape (*batch, *shape of the point)."""
         if not self._reason:
             try:
-                if self._pulled is None:
+                known = self._pullback
+                if known is None:
                     with _recording():
-                        self._seeds = [torch.zeros_like(o, requires_grad=True) for o in self.outs]
-                        self._pulled = _differentiate(self.outs, self.points, self._seeds, (), True)
-                return _differentiate(self._pulled, self._seeds, vs, batch, create)
+                        seeds = [torch.zeros_like(o, requires_grad=True) for o in self.outs]
+                        known = _differentiate(self.outs, self.points, seeds, (), True), seeds
+                    self._pullback = known  # in one step, because other threads may be here
+                return _differentiate(*known, vs, batch, create)
             except RuntimeError as error:
                 if not is_missing(error):
                     raise
-                self._pulled, self._reason = None, first_line(error)
+                self._pullback, self._reason = None, first_line(error)
         return self._push_forward(vs, batch)
 
     def _push_forward(self, vs: Tensors, batch: tuple[int, ...]) -> list[Tensor]:
         points = tuple(p if p.requires_grad and not p.is_leaf else p.detach() for p in self.points)
         product = lambda *v: torch.func.jvp(lambda *p: tuple(self.function(p)), points, v)[1]  # noqa: E731
         try:
-            return _over(product, vs, batch)
+            with forward_mode():
+                return _over(product, vs, batch)
         except RuntimeError as error:
             if not is_missing(error):
                 raise

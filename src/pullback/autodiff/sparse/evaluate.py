@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 
 from pullback.autodiff.sparse.pattern import check_input, check_output, gradient_of, sparsity_pattern
 from pullback.autodiff.sparse.plan import SparsePlan
-from pullback.core import nodes
 from pullback.core.errors import ArgumentError, NotDifferentiableError, ShapeError
+from pullback.core.linearize import Unchanged, forward_mode, uses_others
 
 Function = Callable[[Tensor], Tensor]
 _BATCH = 1 << 24  # numbers in the tangents of one batched product
@@ -51,6 +51,12 @@ def sparse_jacobian(
     Source: Curtis, Powell, Reid 1974, doi:10.1093/imamat/13.1.117.
     """
     check_input(f, x, "sparse_jacobian")
+    x = x if x.requires_grad else x.detach().clone()
+    with Unchanged("sparse_jacobian", (x,)):
+        return _jacobian(f, x, pattern, mode, check)
+
+
+def _jacobian(f: Function, x: Tensor, pattern: Any, mode: str | None, check: bool) -> Tensor:
     if isinstance(pattern, SparsePlan):
         if pattern.mode == "symmetric":
             raise ArgumentError("sparse_jacobian: the plan is for a Hessian; make one with SparsePlan.jacobian")
@@ -91,6 +97,12 @@ def sparse_hessian(f: Function, x: Tensor, pattern: Any = None, *, check: bool =
     Source: Coleman and More 1984, doi:10.1007/BF02612334; Gebremedhin et al. 2005, doi:10.1137/S0036144504444711.
     """
     check_input(f, x, "sparse_hessian")
+    x = x if x.requires_grad else x.detach().clone()
+    with Unchanged("sparse_hessian", (x,)):
+        return _hessian(f, x, pattern, check)
+
+
+def _hessian(f: Function, x: Tensor, pattern: Any, check: bool) -> Tensor:
     if isinstance(pattern, SparsePlan):
         if pattern.mode != "symmetric":
             raise ArgumentError("sparse_hessian: the plan is for a Jacobian; make one with SparsePlan.hessian")
@@ -141,7 +153,7 @@ def _push(f: Function, x: Tensor, seeds: Tensor, m: int) -> Tensor:
     """(k, m): J times every seed, by dual numbers."""
 
     def one(seed: Tensor) -> Tensor:
-        with forward_ad.dual_level():
+        with forward_mode(), forward_ad.dual_level():
             y = f(forward_ad.make_dual(x, seed))
             check_output(y, m)
             value, tangent = forward_ad.unpack_dual(y)
@@ -156,7 +168,7 @@ def _push(f: Function, x: Tensor, seeds: Tensor, m: int) -> Tensor:
         return x.new_zeros(0, m)
     if len(seeds) > _LOOP:
         chunk = max(1, _BATCH // max(m, x.numel(), 1))
-        with contextlib.suppress(RuntimeError):  # what cannot be batched can be done one by one
+        with contextlib.suppress(RuntimeError), forward_mode():  # what cannot be batched can be done one by one
             return torch.cat([torch.func.vmap(batched)(part) for part in seeds.split(chunk)])
     return torch.stack([one(s) for s in seeds])
 
@@ -181,7 +193,7 @@ def _from_rows(
     plan: SparsePlan, y: Tensor, x: Tensor, leaf: Tensor, check: bool, natural: Callable[[], float]
 ) -> Tensor:
     # A graph for further derivatives is built only where somebody can ask for them.
-    keep = torch.is_grad_enabled() and (x.requires_grad or _uses_others(y, leaf))
+    keep = torch.is_grad_enabled() and (x.requires_grad or uses_others(y, leaf))
     matrix = plan.read(_pull(y, leaf, plan.seeds(y), keep))
     if check:
         v = torch.randn_like(y)
@@ -204,14 +216,6 @@ def _pull(y: Tensor, x: Tensor, seeds: Tensor, keep: bool) -> Tensor:
         with contextlib.suppress(RuntimeError):  # an operation that cannot be batched
             return torch.cat([back(part, True) for part in seeds.split(chunk)]).reshape(len(seeds), -1)
     return torch.stack([back(s, False) for s in seeds]).reshape(len(seeds), -1)
-
-
-def _uses_others(y: Tensor, x: Tensor) -> bool:
-    """Whether y was computed from a leaf that requires grad other than x."""
-    if not y.requires_grad:
-        return False
-    leaves = (nodes.variable(n) for n in nodes.topological([nodes.root(y)[0]]))
-    return any(leaf is not None and leaf is not x for leaf in leaves)
 
 
 def _natural(f: Function, x: Tensor, order: int) -> float:
