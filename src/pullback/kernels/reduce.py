@@ -129,7 +129,7 @@ class Reducer:
             args: one tensor or array for each argument: (..., M, dim) of category i, (..., N, dim) of j, (..., dim) of
                 parameters. Leading axes are batch and broadcast.
             ranges: block-sparse pattern: six integer tensors as in KeOps, or `Ranges`.
-            backend: "auto", "llvm", "eager"; KeOps' "CPU" means "auto".
+            backend: "auto", "llvm", "eager", "triton" (on a GPU, not yet run there); KeOps' "CPU" means "auto".
             out: tensor that receives the result.
             tolerance: relative l2 error that is allowed; None: the exact sum.
 

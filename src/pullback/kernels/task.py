@@ -20,9 +20,9 @@ from pullback.kernels.ir import reductions
 from pullback.kernels.ir.expr import I, J
 from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, REDUCTIONS, Program
 from pullback.kernels.plan.ranges import Ranges
-from pullback.kernels.runtime import launch
+from pullback.kernels.runtime import gpu, launch
 
-BACKENDS = ("auto", "eager", "llvm")
+BACKENDS = ("auto", "eager", "llvm", "triton")
 _WITHIN = "within "  # "within 1e-06": the sum within a relative error, see `kernels/fast`
 
 
@@ -72,7 +72,7 @@ class Task(maps.Map):
     Args:
         program: what is reduced.
         ranges: block-sparse pattern; None: all pairs.
-        backend: "auto", "eager", "llvm", or that of `within`.
+        backend: "auto", "eager", "llvm", "triton", or that of `within`.
     """
 
     def __init__(self, program: Program, ranges: Ranges | None, backend: str) -> None:
@@ -107,6 +107,21 @@ class Task(maps.Map):
             raise ArgumentError(f"backend='llvm' cannot compile {self.program} for {dtype}; use backend='auto'")
         return found
 
+    def uses_triton(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether Triton runs this; raises if it was asked for and cannot.
+
+        Only where it is asked for: its code agrees with the definition in Triton's interpreter and compiles for three
+        architectures, but has not run on a device yet, so "auto" keeps the eager renderer there.
+        """
+        if self.backend != "triton":
+            return False
+        if device.type != "cuda":
+            raise ArgumentError(f"backend='triton' runs on a GPU; the tensors lie on {device}; use backend='auto'")
+        reason = gpu.why_not(self.program, dtype)
+        if reason:
+            raise ArgumentError(f"backend='triton' cannot run {self.program}: {reason}; use backend='auto'")
+        return True
+
     def evaluate(self, tensors: Sequence[Tensor]) -> Tensor:
         """The numbers."""
         batch, m, n = sizes(self.program.signature, tensors)
@@ -119,6 +134,8 @@ class Task(maps.Map):
                 return y
         if self.uses_llvm(like.device, like.dtype):
             return launch.run(self.program, tensors, batch, m, n, self.ranges)
+        if self.uses_triton(like.device, like.dtype):
+            return gpu.run(self.program, tensors, batch, m, n, self.ranges)
         return eager.run(self.program, tensors, batch, m, n, self.ranges)
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:

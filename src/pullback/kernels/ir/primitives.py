@@ -332,7 +332,7 @@ def _truth(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda a, b: function(a, b).to(torch.result_type(a, b))
 
 
-_row("Sign", torch.sign, _flat, "sign", "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0}))", _REAL)
+_row("Sign", torch.sign, _flat, "sign", "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))", _REAL)
 _row("Step", lambda a: torch.where(a < 0, 0.0, 1.0).to(a.dtype), _flat, "step", "tl.where({0} < 0, 0.0, 1.0)", _REAL)
 _row("ReLU", torch.relu, lambda a, y: op("LessThan", 0, a), "relu", _RELU, _REAL)
 _row("Floor", torch.floor, _flat, "floor", "tl.floor({0})", _REAL)
