@@ -20,7 +20,7 @@ Kernel = Callable[[Tensor], Tensor]  # (..., D) -> (..., c)
 Channel = Sequence[tuple[int, int]]  # pairs (number of the kernel, number of the weight) that are added
 
 REACH = 8.0  # periods longer than this many extents mean that K does not decay
-MODES = 1 << 22  # samples of K at most
+MODES = {1: 1 << 17, 2: 1 << 21, 3: 1 << 21}  # samples of K at most; a kernel that needs more is not smooth
 _GROWTH = 1.3
 _BATCH = 1 << 26  # complex numbers of strengths that one call of the NUFFT takes
 
@@ -50,21 +50,21 @@ def extent(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return (low + high) / 2, high - low
 
 
-def series(kernel: Kernel, edge: Tensor, target: float, largest: int = MODES) -> Series | None:
+def series(kernel: Kernel, edge: Tensor, target: float) -> Series | None:
     """The shortest Fourier series of `kernel` that is right to `target` for |d_k| <= edge_k; None if there is none.
 
     Args:
         kernel: (..., D) -> (..., c), real.
         edge: (D,) float64.
         target: largest absolute error of each kernel.
-        largest: modes that may be tried.
     """
     reach = _reach(kernel, edge, target)
     if reach is None:
         return None
     d = edge.numel()
     period = edge + reach
-    n = [_modes_along(kernel, edge, period, k, target, largest) for k in range(d)]
+    largest = MODES[d]
+    n = [_modes_along(kernel, edge, period, k, target, round(largest ** (1 / d))) for k in range(d)]
     while math.prod(n) <= largest:
         c = _coefficients(kernel, period, reach, n)
         size = c.abs().amax(0)
@@ -83,7 +83,7 @@ def _modes_along(kernel: Kernel, edge: Tensor, period: Tensor, axis: int, target
     across = (torch.rand(8, d, generator=generator, dtype=torch.float64) * 2 - 1) * edge / 4
     across[0] = 0.0
     n = 16
-    while n < largest:
+    while n <= largest:
         t = float(period[axis]) * (torch.arange(n, dtype=torch.float64) / n - 0.5)
         points = across.expand(n, 8, d).clone()
         points[..., axis] = t[:, None]

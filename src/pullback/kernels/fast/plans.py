@@ -1,4 +1,4 @@
-"""What is kept between sums over the same points, and which method is the cheapest.
+"""What is kept between sums over the same points.
 
 Points are the same if the tensors that the coordinates are made of lie in the same memory and have not been written to
 since. The last few sets of points are kept; `clear` drops them.
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import pullback.kernels.fast.fourier as fourier
 from pullback.kernels.fast.analyse import Form, Refused
-from pullback.kernels.ir.expr import Expr, variables, walk
-from pullback.kernels.ir.primitives import PRIMITIVES
-from pullback.kernels.ir.reductions import Program
+from pullback.kernels.ir.expr import variables
 
 _KEPT = 4  # sets of points
-FEW = 3e-3  # seconds of exact work below which no other way is looked for
-_CHEAP = {"Add", "Subtract", "Mult", "Minus", "Square", "Gather", "Concat", "Sum", "Var", "Const", "Scalprod", "SqDist"}
 
 
 class Plans:
@@ -75,71 +70,3 @@ def clear() -> None:
 def _identity(t: Tensor) -> tuple[Any, ...]:
     version = 0 if t.is_inference() else t._version
     return (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype, version)
-
-
-# Cost ----------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def rate(program: Program) -> float:
-    """Pairs that the exact engine does in a second, roughly (measured: 4e9 for a Gaussian in 3-D in double)."""
-    cost = 0.0
-    for e in walk(*program.exprs):
-        if e.roles == 3:
-            cost += e.dim * (1.0 if e.op in _CHEAP or e.op not in PRIMITIVES else 8.0)
-    return 4e9 * 14.0 / max(cost, 4.0) * torch.get_num_threads() / 2
-
-
-class Method(Protocol):
-    """A way to sum: called with the number of the attempt, gives what `_Sum.run` applies, or None."""
-
-    name: str
-
-    def __call__(self, attempt: int) -> Callable[..., Tensor] | None:
-        """The sum, more accurate at the second attempt."""
-
-
-class _Fourier:
-    name = "fourier"
-
-    def __init__(self, one: Any, sizes: Tensor) -> None:
-        self.one, self.sizes = one, sizes
-
-    def series(self, attempt: int) -> fourier.Series | None:
-        one = self.one
-        kernels: tuple[Expr, ...] = tuple(one.kernels)
-        numbers = tuple((p, *t.reshape(-1).tolist()) for p, t in one.parameters.items())
-        target = (4.0 if attempt == 0 else 0.05) * one.tolerance
-        make = lambda: fourier.series(lambda d: one.kernel(d) / self.sizes, one.points.fourier.edge, target)  # noqa: E731
-        return one.points.made(("series", kernels, numbers, target), make)
-
-    def __call__(self, attempt: int) -> Callable[..., Tensor] | None:
-        s = self.series(attempt)
-        if s is None:
-            return None
-        accuracy = max(self.one.tolerance * (2.0 if attempt == 0 else 0.05), 1e-14)
-        double = accuracy < 1e-5 or attempt > 0
-
-        def apply(weights: Tensor, channels: Any, over_i: bool) -> Tensor:
-            scaled = fourier.Series(s.period, s.coefficients * self.sizes.view(-1, *(1,) * len(s.modes)))
-            return self.one.points.fourier.apply(scaled, weights, channels, over_i, accuracy, double)
-
-        apply.detail = f"{' x '.join(map(str, s.modes))} modes"  # type: ignore[attr-defined]
-        return apply
-
-
-def choose(one: Any) -> Method:
-    """The cheapest method that fits.
-
-    Raises: Refused if that is the exact sum.
-    """
-    program = one.form.program
-    seconds = one.m * one.n / rate(program) * len(program.exprs)
-    if seconds < FEW:
-        raise Refused(f"{one.m} x {one.n} pairs are few")
-    sizes = one.sizes_of_kernels()
-    if bool(torch.isfinite(sizes).all()) and bool((sizes > 0).all()):
-        method = _Fourier(one, sizes)
-        if method.series(0) is not None:
-            return method
-    raise Refused("the kernel is not smooth at the scale of the points")

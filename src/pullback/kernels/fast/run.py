@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import pullback.kernels.fast.plans as plans
 from pullback.kernels.fast.analyse import Refused, analyse
+from pullback.kernels.fast.choose import choose, rate
 from pullback.kernels.fast.softmax import SHIFTED, Lost, shifted
 from pullback.kernels.fast.sum import Exact, FastSum, Result, error
 from pullback.kernels.ir.expr import J
@@ -97,7 +97,7 @@ def _member(
             else:
                 total, arguments, finish = program, list(tensors), None
             one = FastSum(analyse(total), arguments, m, n, inner[attempt])
-            method = plans.choose(one)
+            method = choose(one, exact)
             apply = method(attempt)
             if apply is None:
                 break
@@ -111,11 +111,10 @@ def _member(
             _tell(Info("exact", tolerance, detail=str(refused)))
             return None
         spent = time.perf_counter() - start
-        rows = int(min(64, max(4, CHECKED * spent * plans.rate(program) / max(m, n) / len(program.exprs))))
+        rows = int(min(64, max(4, CHECKED * spent * rate(program) / max(m, n) / len(program.exprs))))
         miss = error(program, tensors, results, rows, exact)
         if miss <= _SURE * tolerance:
-            detail = getattr(apply, "detail", "")
-            _tell(Info(method.name, tolerance, miss, rows, detail, time.perf_counter() - start))
+            _tell(Info(method.name, tolerance, miss, rows, apply.detail, time.perf_counter() - start))
             return _assembled(results, tensors[0].dtype)
     if miss:
         text = f"a fast sum missed its tolerance of {tolerance:.1e} (rows: {miss:.1e}); the exact sum was taken"

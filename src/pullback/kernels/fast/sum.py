@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,28 @@ import pullback.kernels.fast.plans as plans
 from pullback.kernels.codegen import eager
 from pullback.kernels.fast.analyse import Form, Refused, Term
 from pullback.kernels.fast.plans import Plans
-from pullback.kernels.ir.expr import Expr, I, J, variables
+from pullback.kernels.ir.expr import Expr, I, J, const, variables
 from pullback.kernels.ir.reductions import OVER_BOTH, OVER_I, OVER_J, Program
 
 Exact = Callable[..., Tensor]  # (program, tensors, ranges) -> result of the exact engine
 Result = tuple[Tensor, Tensor]  # the rows that are kept, and the result (their sum, where the sum is over both)
+ONE = const(1.0)  # the kernel of terms that have none, where a sum over some pairs only needs it
 _SAMPLES = 4096  # pairs from which the size of kernels is read
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A method, ready to sum.
+
+    Args:
+        sums: (weights, channels, over_i) -> columns; a channel is a list of (number of a kernel, number of a weight).
+        detail: what to tell about it.
+        near: (expression, axis) -> rows of the pairs that `sums` leaves out; None if it takes all.
+    """
+
+    sums: Callable[..., Tensor]
+    detail: str
+    near: Callable[[Expr, int], Tensor] | None = None
 
 
 class FastSum:
@@ -38,9 +54,9 @@ class FastSum:
         self.parameters = {
             p: t.double() for p, (t, (_, c)) in enumerate(zip(tensors, program.signature, strict=True)) if c > J
         }
-        self.kernels = list(
-            dict.fromkeys(t.k for parts in form.components for terms in parts for t in terms if t.k is not None)
-        )
+        terms = [t for parts in form.components for terms in parts for t in terms]
+        self.kernels = list(dict.fromkeys(t.k for t in terms if t.k is not None))
+        self.has_plain = any(t.k is None for t in terms)
         self.points: Plans = plans.of(self._coordinates, form, tensors)
 
     # Numbers of expressions ------------------------------------------------------------------------------------------
@@ -64,6 +80,10 @@ class FastSum:
         found = eager.evaluate(self.kernels, values)
         return torch.cat([f.expand(*d.shape[:-1], 1) for f in found], -1)
 
+    def identity(self) -> tuple[Any, ...]:
+        """What the kernels are: their expressions and the values of parameters."""
+        return (*self.kernels, *((p, *t.reshape(-1).tolist()) for p, t in self.parameters.items()))
+
     def sizes_of_kernels(self) -> Tensor:
         """The mean of |K| over sampled pairs, for each kernel; 1 for those that vanish, as differences of equals do."""
         x, y = self.points.x, self.points.y
@@ -84,14 +104,22 @@ class FastSum:
 
     # The sums --------------------------------------------------------------------------------------------------------
 
-    def run(self, apply: Callable[..., Tensor]) -> list[Result]:
+    def run(self, apply: Apply) -> list[Result]:
         """For each expression of the program its rows, and the result (rows added up where the sum is over both)."""
-        return [
-            self._one(parts, axis, apply)
-            for parts, axis in zip(self.form.components, self.form.program.axes, strict=True)
-        ]
+        results = []
+        for e, parts, axis in zip(self.form.program.exprs, self.form.components, self.form.program.axes, strict=True):
+            rows = self._far(parts, axis, apply)
+            if apply.near is not None:
+                rows = rows + apply.near(e, OVER_J if axis == OVER_BOTH else axis)
+            results.append((rows, rows.sum(0) if axis == OVER_BOTH else rows))
+        return results
 
-    def _one(self, parts: Sequence[Sequence[Term]], axis: int, apply: Callable[..., Tensor]) -> Result:
+    @property
+    def n_channels(self) -> int:
+        """Columns that the sums over kernels have, over all expressions."""
+        return sum(len({t.a for t in terms}) for parts in self.form.components for terms in parts)
+
+    def _far(self, parts: Sequence[Sequence[Term]], axis: int, apply: Apply) -> Tensor:
         over_i = axis == OVER_I
         near, far = ("b", "a") if over_i else ("a", "b")  # factor of the rows that are kept, of those that are summed
         kept, summed = (J, I) if over_i else (I, J)
@@ -101,10 +129,10 @@ class FastSum:
         for c, terms in enumerate(parts):
             for t in terms:
                 r = weights.setdefault(getattr(t, far), len(weights))
-                if t.k is None:
+                if t.k is None and apply.near is None:
                     plain.append((c, getattr(t, near), r))
                 else:
-                    channels.setdefault((c, getattr(t, near)), []).append((self.kernels.index(t.k), r))
+                    channels.setdefault((c, getattr(t, near)), []).append((self.kernels.index(t.k or ONE), r))
         rows = self.n if over_i else self.m
         columns = [e for e in weights if e is not None]
         values = self.side(columns, summed) if columns else torch.empty(self.m if over_i else self.n, 0)
@@ -118,13 +146,13 @@ class FastSum:
             raise Refused("a factor of i or of j is not finite")
         out = torch.zeros(rows, len(parts), dtype=torch.float64)
         if channels:
-            found = apply(full, list(channels.values()), over_i)
+            found = apply.sums(full, list(channels.values()), over_i)
             for (c, factor), column in zip(channels, found.unbind(-1), strict=True):
                 out[:, c] += column if factor is None else column * scale[factor]
         for c, factor, r in plain:
             total = full[:, r].sum()
             out[:, c] += total if factor is None else total * scale[factor]
-        return out, out.sum(0) if axis == OVER_BOTH else out
+        return out
 
 
 def error(program: Program, tensors: Sequence[Tensor], results: Sequence[Result], n_rows: int, exact: Exact) -> float:

@@ -1,0 +1,143 @@
+"""Which way of summing is the cheapest: exact, a Fourier series, or a tree; and the two latter, ready to sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import pullback.kernels.fast.fourier as fourier
+from pullback.core.errors import ArgumentError
+from pullback.kernels.fast.analyse import Refused
+from pullback.kernels.fast.balance import estimate, leaf_for
+from pullback.kernels.fast.far import FarField
+from pullback.kernels.fast.sum import ONE, Apply, Exact, FastSum
+from pullback.kernels.fast.tree import TreePlan
+from pullback.kernels.ir.expr import Expr, I, J, walk
+from pullback.kernels.ir.primitives import PRIMITIVES
+from pullback.kernels.ir.reductions import OVER_I, Program
+
+FEW = 3e-3  # seconds of exact work below which no other way is looked for
+_CHEAP = {"Add", "Subtract", "Mult", "Minus", "Square", "Gather", "Concat", "Sum", "Var", "Const", "Scalprod", "SqDist"}
+_SPREAD = {1: 4e-8, 2: 9e-8, 3: 2.5e-7}  # seconds for a point in a complex NUFFT, on one thread
+_MODE = 6e-8  # for a mode
+
+
+@lru_cache(maxsize=1024)
+def rate(program: Program) -> float:
+    """Pairs that the exact engine does in a second, roughly (measured: 4e9 for a Gaussian in 3-D in double)."""
+    cost = 0.0
+    for e in walk(*program.exprs):
+        if e.roles == 3:
+            cost += e.dim * (1.0 if e.op in _CHEAP or e.op not in PRIMITIVES else 8.0)
+    return 4e9 * 14.0 / max(cost, 4.0) * torch.get_num_threads() / 2
+
+
+class Method(Protocol):
+    """A way to sum: called with the number of the attempt, the second one being more accurate; None if it cannot."""
+
+    name: str
+
+    def __call__(self, attempt: int) -> Apply | None:
+        """The sums."""
+
+
+class _Fourier:
+    name = "fourier"
+
+    def __init__(self, one: FastSum) -> None:
+        self.one, self.sizes = one, one.sizes_of_kernels()
+
+    def fits(self) -> bool:
+        return bool(torch.isfinite(self.sizes).all() and (self.sizes > 0).all()) and self.series(0) is not None
+
+    def seconds(self) -> float:
+        """Roughly the time of a sum with a plan."""
+        s, one = self.series(0), self.one
+        assert s is not None
+        transforms = one.n_channels + len(one.form.components)
+        work = (one.m + one.n) / 2 * _SPREAD[len(s.modes)] + math.prod(s.modes) * 2 ** len(s.modes) * _MODE
+        return transforms / 2 * work / torch.get_num_threads()
+
+    def series(self, attempt: int) -> fourier.Series | None:
+        one = self.one
+        target = (4.0 if attempt == 0 else 0.05) * one.tolerance
+        make = lambda: fourier.series(lambda d: one.kernel(d) / self.sizes, one.points.fourier.edge, target)  # noqa: E731
+        return one.points.made(("series", *one.identity(), target), make)
+
+    def __call__(self, attempt: int) -> Apply | None:
+        s = self.series(attempt)
+        if s is None:
+            return None
+        accuracy = max(self.one.tolerance * (2.0 if attempt == 0 else 0.05), 1e-14)
+        double = accuracy < 1e-5 or attempt > 0
+        scaled = fourier.Series(s.period, s.coefficients * self.sizes.view(-1, *(1,) * len(s.modes)))
+
+        def sums(weights: Tensor, channels: Any, over_i: bool) -> Tensor:
+            return self.one.points.fourier.apply(scaled, weights, channels, over_i, accuracy, double)
+
+        return Apply(sums, f"{' x '.join(map(str, s.modes))} modes")
+
+
+class _Tree:
+    name = "tree"
+
+    def __init__(self, one: FastSum, exact: Exact) -> None:
+        self.one, self.exact = one, exact
+        if one.has_plain and ONE not in one.kernels:
+            one.kernels.append(ONE)
+
+    def __call__(self, attempt: int) -> Apply | None:
+        one = self.one
+        leaf = leaf_for(one.tolerance, one.points.x.shape[1])
+        plan: TreePlan = one.points.made(("tree", leaf), lambda: TreePlan(one.points.x, one.points.y, leaf))
+        tolerance = one.tolerance * (0.6 if attempt == 0 else 0.1)
+        try:
+            far: FarField = one.points.made(
+                ("far", leaf, *one.identity(), tolerance), lambda: FarField(plan, one.kernel, tolerance)
+            )
+        except ArgumentError:
+            return None
+
+        def sums(weights: Tensor, channels: Any, over_i: bool) -> Tensor:
+            return far.apply(weights, channels=channels, over_i=over_i)
+
+        def near(e: Expr, axis: int) -> Tensor:
+            program = one.form.program
+            order = {I: plan.rows, J: plan.columns}
+            args = [t[order[c]] if c in order else t for t, (_, c) in zip(one.tensors, program.signature, strict=True)]
+            single = Program("Sum", (e,), (axis,), program.signature, 1, program.accumulator, program.scheme)
+            found = self.exact(single, args, plan.near).double()
+            rows = torch.empty_like(found)
+            rows[order[J if axis == OVER_I else I]] = found
+            return rows
+
+        share = plan.n_near / (one.m * one.n)
+        return Apply(sums, f"order {far.order}, {100 * share:.2g} % of the pairs near", near)
+
+
+def choose(one: FastSum, exact: Exact) -> Method:
+    """The cheapest method that fits.
+
+    Raises: Refused if that is the exact sum.
+    """
+    program = one.form.program
+    speed = rate(program)
+    seconds = one.m * one.n / speed * len(program.exprs)
+    if seconds < FEW:
+        raise Refused(f"{one.m} x {one.n} pairs are few")
+    candidates: list[tuple[float, Callable[[], Method]]] = []
+    series = _Fourier(one)
+    if series.fits():
+        candidates.append((series.seconds(), lambda: series))
+    dim = one.points.x.shape[1]
+    width = max(1, one.n_channels)
+    candidates.append((estimate(one.m, one.n, dim, one.tolerance, speed, width)[1], lambda: _Tree(one, exact)))
+    cost, method = min(candidates, key=lambda c: c[0])
+    if cost > 0.7 * seconds and FEW > 0:
+        raise Refused(f"the exact sum is as cheap: {seconds:.2g} s beside {cost:.2g} s")
+    return method()
