@@ -217,6 +217,7 @@ def test_channels_are_sums_of_products(monkeypatch):
     assert field.apply(w[:, :0]).shape == (500, 4, 0) and field.apply(w, channels=[]).shape == (500, 0)
 
 
+@pytest.mark.slow
 def test_sums_over_i_are_the_adjoint():
     torch.manual_seed(8)
     x, y = rand(600, 3), rand(500, 3) * 0.8

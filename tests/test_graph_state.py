@@ -95,3 +95,11 @@ def test_gradients_with_numbers_that_were_put_back_are_refused():
     with pytest.raises(NotDifferentiableError, match="modified by an inplace operation"):
         pb.graph(f, torch.ones(3), gradients=True)
     assert torch.equal(net.weight, old) and len(pb.graph(f, torch.ones(3)).nodes) > 5
+
+
+def test_no_global_hook_stays():
+    """One that stays makes every torch.compile of a module warn."""
+    net = torch.nn.Linear(2, 2)
+    pb.graph(net, torch.rand(1, 2))
+    pb.graph(net, torch.rand(1, 2), kind="autograd")
+    assert not torch.nn.modules.module._has_any_global_hook()

@@ -98,6 +98,7 @@ class Stack:
                 yield
             finally:
                 leave.remove()
+                hooks._global_forward_hooks_with_kwargs.pop(leave.id, None)  # remove() forgets this one in torch 2.13
         finally:
             enter.remove()
 
