@@ -11,6 +11,8 @@ from test_graph_html import HOSTILE, chain, hostile, resnet_like, special, trans
 from pullback.graphs.html import to_html
 from pullback.graphs.model import EDGE_KINDS, KINDS, Edge, GraphData, Node
 
+pytestmark = pytest.mark.slow  # a browser takes seconds to start
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -128,7 +130,6 @@ def test_modules_open_and_close_in_place(show):
     assert "layer3/0" in shown(page)
 
 
-@pytest.mark.slow
 def test_keys_open_and_close(show):
     page = show(resnet_like())
     group(page, "layer4").focus()
@@ -144,7 +145,6 @@ def test_keys_open_and_close(show):
     assert "adaptive_avg_pool2d" in page.evaluate("document.activeElement.getAttribute('aria-label')")
 
 
-@pytest.mark.slow
 def test_depth_of_all_modules(show):
     page = show(resnet_like())
     page.click("#expand-all")
@@ -158,7 +158,6 @@ def test_depth_of_all_modules(show):
     assert "layer1/0" in shown(page)
 
 
-@pytest.mark.slow
 def test_calls_of_one_module_in_several_places_stand_where_they_are(show):
     page = show(resnet_like())
     page.click("#expand-all")
@@ -171,7 +170,6 @@ def test_calls_of_one_module_in_several_places_stand_where_they_are(show):
     assert all(a < b for a, b in ends)
 
 
-@pytest.mark.slow
 def test_one_source_for_many_is_drawn_as_one_trunk(show):
     nodes = [Node("mask", "mask"), *(Node(f"n{i}", "n") for i in range(20))]
     edges = [Edge(f"n{i}", f"n{i + 1}") for i in range(19)] + [Edge("mask", f"n{i}") for i in range(20)]
@@ -183,7 +181,6 @@ def test_one_source_for_many_is_drawn_as_one_trunk(show):
     assert overlaps(page) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["pq", "qp"])
 def test_edges_into_a_module_do_not_cross(show, ends):
     nodes = [Node("a", "a"), Node("b", "b"), Node("p", "p", group=("m",)), Node("q", "q", group=("m",))]
@@ -193,7 +190,6 @@ def test_edges_into_a_module_do_not_cross(show, ends):
     assert (x["a"] < x["b"]) == (x[ends[0]] < x[ends[1]])
 
 
-@pytest.mark.slow
 def test_edges_of_hidden_nodes_belong_to_their_module(show):
     page = show(resnet_like())
     labels = page.locator("#graph .edge-label").all_text_contents()
@@ -251,7 +247,6 @@ def test_tooltips_by_pointer_and_by_keyboard(show):
     assert "float32(3) cuda:0" in page.evaluate("document.querySelector('[data-id=n4]').getAttribute('aria-label')")
 
 
-@pytest.mark.slow
 def test_looks_of_edges_and_flags(show):
     page = show(special())
     style = "(s) => { const c = getComputedStyle(document.querySelector(s)); return [c.stroke, c.strokeDasharray]; }"
@@ -306,7 +301,6 @@ def test_click_highlights_what_leads_to_a_node_and_what_follows(show):
     assert page.evaluate(lit) == [] and page.locator("#graph.tracing").count() == 0
 
 
-@pytest.mark.slow
 def test_highlight_of_a_module(show):
     page = show(resnet_like())
     group(page, "layer4").click(modifiers=["Shift"])
@@ -314,7 +308,6 @@ def test_highlight_of_a_module(show):
     assert page.locator("#status").inner_text().startswith("layer4: 96 nodes before, ")
 
 
-@pytest.mark.slow
 def test_pan_and_zoom(show):
     page = show(resnet_like())
     start = scale(page)
@@ -381,7 +374,6 @@ def test_any_label_is_shown_as_text(show):
     assert page.locator("img").count() == 0
 
 
-@pytest.mark.slow
 def test_saved_picture_is_complete(show):
     page = show(special())
     with page.expect_download() as waiting:
@@ -406,7 +398,6 @@ def test_inside_a_notebook_frame(browser):
     page.close()
 
 
-@pytest.mark.slow
 def test_large_transformer(show):
     page = show(transformer_like())
     assert page.evaluate("pullbackGraph.ready") < 1000
@@ -415,7 +406,6 @@ def test_large_transformer(show):
     assert len(shown(page)) == len(transformer_like().nodes) and taken < 5000
 
 
-@pytest.mark.slow
 def test_long_chain_and_empty_graph(show):
     page = show(chain())
     assert page.evaluate("pullbackGraph.ready") < 4000 and len(shown(page)) == 3000
@@ -423,7 +413,6 @@ def test_long_chain_and_empty_graph(show):
     assert page.locator("#empty").is_visible()
 
 
-@pytest.mark.slow
 def test_module_used_twice_and_cycles(show):
     names = ["a", "m1", "b", "m2", "m3", "c"]
     nodes = [Node(n, n, group=("shared",) if n[0] == "m" else ()) for n in names]
@@ -449,7 +438,6 @@ def test_module_used_twice_and_cycles(show):
     assert through == 0  # edges against the flow go around
 
 
-@pytest.mark.slow
 def test_modules_that_hold_one_module_open_together(show):
     nodes = [Node("x", "x"), *(Node(f"n{i}", "n", group=("a", "b")) for i in range(13))]
     page = show(GraphData(nodes, [Edge(f"n{i}", f"n{i + 1}") for i in range(12)]))
@@ -459,7 +447,6 @@ def test_modules_that_hold_one_module_open_together(show):
     assert len(shown(page)) == 14
 
 
-@pytest.mark.slow
 def test_random_graphs_lie_without_overlap(show):
     rng = random.Random(3)
     for _ in range(3):
