@@ -7,6 +7,8 @@
 # two products with $J$, not a $1000 \times 1000$ matrix.
 
 # %%
+import functools
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -63,7 +65,7 @@ fig.savefig("uncertainty.png", dpi=100)
 # %%
 when = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
 for _ in range(30):
-    sigma = propagate(lambda p: curve(p, when), x, S).std  # noqa: B023
+    sigma = propagate(functools.partial(curve, t=when), x, S).std
     (slope,) = torch.autograd.grad(sigma, when)
     with torch.no_grad():
         when += 5 * slope  # uphill

@@ -168,6 +168,12 @@ def test_bad_tolerances_are_refused():
     for bad in (0, 1, -1e-3, "1e-3", True):
         with pytest.raises(ArgumentError, match="tolerance must be a number between 0 and 1"):
             K.with_tolerance(bad)
+    for call in (lambda: K.argmin(1, tolerance=1e-3), lambda: K.argKmin(3, 1, tolerance=1e-3)):
+        with pytest.raises(ArgumentError, match=r"tolerance is for Sum, Mean.*leave it out"):
+            call()
+    with pytest.raises(ArgumentError, match=r"tolerance is for Sum.*ArgKMin is exact"):
+        f = pb.Genred("SqDist(x,y)", ["x = Vi(3)", "y = Vj(3)"], "ArgKMin", 1, opt_arg=2, tolerance=1e-3)
+        f(x, x)
     with pytest.raises(ArgumentError, match="backend='eager' sums exactly"):
         K.sum(1, backend="eager", tolerance=1e-3)
 

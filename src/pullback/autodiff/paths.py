@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from pullback.core import nodes
+
 Vertex = Any
 
 
@@ -40,7 +42,9 @@ class Paths:
     def __init__(self, source: Hashable, target: Hashable, heads: Callable[[Any], Sequence[Any]]) -> None:
         self.source = source
         self._ends = {target}  # a set compares by hash first: Scalars are equal when their values are
-        everything = _topological(source, self._ends, heads)
+        everything = nodes.topological(
+            [source], lambda v: [] if v in self._ends else [h for h in heads(v) if h is not None]
+        )
         ways: dict[Any, int] = {}
         self.edges: dict[Any, list[Edge]] = {}
         for vertex in reversed(everything):
@@ -131,27 +135,3 @@ def log_gain(size: float) -> float:
 def _sum(a: float, b: float) -> float:
     total = a + b
     return math.inf if math.isnan(total) else total
-
-
-def _topological(source: Any, ends: set[Any], heads: Callable[[Any], Sequence[Any]]) -> list[Any]:
-    """What can be reached from the source without passing the ends, each vertex before its heads."""
-    uses: dict[Any, int] = {source: 0}
-    following: dict[Any, list[Any]] = {}
-    stack = [source]
-    while stack:
-        vertex = stack.pop()
-        following[vertex] = [] if vertex in ends else [h for h in heads(vertex) if h is not None]
-        for head in following[vertex]:
-            if head not in uses:
-                uses[head] = 0
-                stack.append(head)
-            uses[head] += 1
-    order, ready = [], [source]
-    while ready:
-        vertex = ready.pop()
-        order.append(vertex)
-        for head in following[vertex]:
-            uses[head] -= 1
-            if not uses[head]:
-                ready.append(head)
-    return order

@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from pullback.autodiff.scalar_functions import Function
+from pullback.core import nodes
 
 _LONGEST = 80  # characters of an expression before it is cut with "..."
 _DEEPEST = 40  # levels of it that are looked at
@@ -73,25 +74,7 @@ class Recorded:
 
 def topological(root: Any) -> list[Any]:
     """Every Scalar behind `root`, each before its arguments."""
-    uses: dict[Any, int] = {root: 0}
-    stack = [root]
-    while stack:
-        for child in stack.pop()._arguments:
-            if isinstance(child, Recorded):
-                if child not in uses:
-                    uses[child] = 0
-                    stack.append(child)
-                uses[child] += 1
-    order, ready = [], [root]
-    while ready:
-        node = ready.pop()
-        order.append(node)
-        for child in node._arguments:
-            if isinstance(child, Recorded):
-                uses[child] -= 1
-                if not uses[child]:
-                    ready.append(child)
-    return order
+    return nodes.topological([root], lambda node: [a for a in node._arguments if isinstance(a, Recorded)])
 
 
 # Expressions --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ of its inputs (do not call the node of a leaf: it would write into `.grad`). Not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -211,30 +211,40 @@ def settings(node: Any) -> dict[str, Any]:
     return found
 
 
-def topological(roots: Iterable[Any]) -> list[Any]:
-    """Every node behind `roots`, each before the nodes of its inputs."""
-    waiting: dict[Any, int] = {}
+def topological(roots: Iterable[Any], following: Callable[[Any], Iterable[Any]] | None = None) -> list[Any]:
+    """Everything that can be reached from `roots`, each before what follows it.
+
+    Args:
+        roots: nodes of autograd, or hashable vertices of another graph without cycles.
+        following: vertex -> what follows it, repetitions included; called once for each. None: the nodes of its inputs.
+    """
+    following = _behind if following is None else following
     stack = list(dict.fromkeys(roots))
+    waiting = dict.fromkeys(stack, 0)
     first = list(stack)
-    seen = set(stack)
+    heads: dict[Any, list[Any]] = {}
     while stack:
-        for child, _ in inputs(stack.pop()):
-            if child is not None:
-                waiting[child] = waiting.get(child, 0) + 1
-                if child not in seen:
-                    seen.add(child)
-                    stack.append(child)
+        vertex = stack.pop()
+        heads[vertex] = list(following(vertex))
+        for head in heads[vertex]:
+            if head not in waiting:
+                waiting[head] = 0
+                stack.append(head)
+            waiting[head] += 1
     order = []
-    ready = [n for n in reversed(first) if not waiting.get(n)]
+    ready = [vertex for vertex in reversed(first) if not waiting[vertex]]
     while ready:
-        node = ready.pop()
-        order.append(node)
-        for child, _ in inputs(node):
-            if child is not None:
-                waiting[child] -= 1
-                if not waiting[child]:
-                    ready.append(child)
+        vertex = ready.pop()
+        order.append(vertex)
+        for head in heads[vertex]:
+            waiting[head] -= 1
+            if not waiting[head]:
+                ready.append(head)
     return order
+
+
+def _behind(node: Any) -> list[Any]:
+    return [child for child, _ in inputs(node) if child is not None]
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

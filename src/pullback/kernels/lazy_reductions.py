@@ -210,6 +210,8 @@ class LazyReductions(LazyBase):
         accumulator = "float64" if use_double_acc else dtype_acc
         reduce = _reducer(kind, expr, domain.signature, over, g, k, correction, accumulator, sum_scheme)
         finish = self._finish
+        if tolerance is not None:
+            reduce.check_tolerance()
         if domain.symbolic or not call:
             return LazyReduction(lead, domain, reduce, finish, tolerance)
         backend = within(tolerance, backend or self.backend)

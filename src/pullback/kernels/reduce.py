@@ -35,6 +35,7 @@ _SELECTIONS = {
     "KMin_ArgKMin": ("ArgKMin", True, True, True),
     "KMax_ArgKMax": ("ArgKMax", True, True, True),
 }
+TOLERANT = ("Sum", "Mean", "Var", "LogSumExp", "SumSoftMax")  # what a tolerance means something for
 KINDS = ("Sum", "LogSumExp", "SumSoftMax", "Prod", "Mean", "Var", "Any", "All", "Count", *_SELECTIONS)
 ACCUMULATORS = ("auto", "float16", "float32", "float64")
 SCHEMES = ("auto", "block_sum", "direct_sum", "kahan_scheme")
@@ -158,6 +159,7 @@ class Reducer:
         if backend != "auto":
             backend = self._backend(backend, args)
         if tolerance is not None:
+            self.check_tolerance()
             backend = within(tolerance, backend)
         if ranges is not None:
             if tolerance_of(backend) is not None:
@@ -182,6 +184,11 @@ class Reducer:
                 except (TypeError, ValueError, RuntimeError):
                     self._raise(DtypeError, f"arguments must be tensors or arrays of numbers; got {type(a).__name__}")
         return found, arrays
+
+    def check_tolerance(self) -> None:
+        """Raise ArgumentError for a reduction that adds nothing up."""
+        if self.kind not in TOLERANT:
+            raise ArgumentError(f"tolerance is for {', '.join(TOLERANT)}; {self.kind} is exact: leave it out")
 
     def _backend(self, backend: str, args: Sequence[Tensor]) -> str:
         name = {"CPU": "auto", "torch": "eager"}.get(backend, backend)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError, ShapeError
-from pullback.kernels.fast.balance import COEFFICIENT, ENTRY, POINT, PRODUCT, threads
 from pullback.kernels.fast.interpolation import Expansions, coefficients, nodes, polynomials
 from pullback.kernels.fast.translations import Kernel, Translation, checked, choices, offsets, translations
 from pullback.kernels.fast.tree import TreePlan
@@ -115,19 +114,6 @@ class FarField:
             if error <= _AVERAGED[self.plan.dim] * self.tolerance:
                 return order, error
         raise ArgumentError(f"the kernel is too rough for a tolerance of {self.tolerance:.1e}; use the exact sum")
-
-    def seconds(self, width: int = 1) -> float:
-        """Roughly the time of `apply` for so many products of a kernel with a weight."""
-        dim, p = self.plan.dim, self.order**self.plan.dim
-        total = sum(len(t.order) for t in self.plan.trees) * (POINT + COEFFICIENT * p) * width
-        known = next(iter(self._known.values()), {})
-        for depth in self._levels:
-            groups = sum(len(a) for k, (a, _) in enumerate(self.plan.split[depth - 1]) if 2 * k + 1 != 3**dim)
-            if not known:
-                total += self.n_kernels * (7**dim - 3**dim) * p * p * ENTRY
-            rank = max((t.up.shape[1] for t in known[depth]), default=0) if known else p // 2
-            total += groups * (2**dim * rank) ** 2 * PRODUCT * width
-        return total / threads()
 
     # The sum ---------------------------------------------------------------------------------------------------------
 

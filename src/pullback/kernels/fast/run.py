@@ -92,6 +92,8 @@ def _member(
         try:
             if m == 0 or n == 0:
                 raise Refused("there are no pairs")
+            if tensors[0].device.type != "cpu":
+                raise Refused(f"fast sums run on the CPU; the tensors lie on {tensors[0].device}")
             if program.kind in SHIFTED:
                 total, arguments, finish = shifted(program, tensors, m, n, inner[attempt])
             else:
