@@ -171,6 +171,40 @@ def test_preconditioner_of_full_rank_is_the_inverse(kind):
     torch.testing.assert_close(got, exact(b, alpha, x))
 
 
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_fourier_modes_are_the_inverse(d):
+    points = torch.rand(2, 400, d, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 7
+    K = (-(Vi(points) - Vj(points)).sqnorm2() * 4).exp()
+    right = rand(2, 400, 3, seed=6)
+    damp = torch.tensor([1e-2, 1e-1], dtype=torch.float64)
+    got, info = K.solve(right, alpha=damp, eps=1e-9, preconditioner="fourier", info=True)
+    assert info.iterations <= 3
+    expected = torch.linalg.solve(K.dense() + damp[:, None, None] * torch.eye(400), right)
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+    _, plain = K.solve(right, alpha=damp, eps=1e-9, info=True)
+    got, few = K.solve(right, alpha=damp, eps=1e-9, preconditioner="fourier", rank=15, info=True)
+    assert info.iterations < few.iterations < plain.iterations
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+    assert K.solve(right.float().double(), alpha=damp, preconditioner="fourier").dtype == torch.float64
+
+
+def test_fourier_modes_in_single_precision_and_derivatives():
+    points = torch.rand(300, 2, generator=torch.Generator().manual_seed(2))
+    K = (-(Vi(points) - Vj(points)).sqnorm2() * 4).exp()
+    got, info = K.solve(torch.ones(300), alpha=0.1, eps=1e-4, preconditioner="fourier", info=True)
+    assert got.dtype == torch.float32 and info.iterations <= 3 and float(info.residual) < 1e-3
+
+    def loss(points, kind):
+        K = (-(Vi(points) - Vj(points)).sqnorm2() * 4).exp()
+        return K.solve(torch.ones(300, dtype=torch.float64), alpha=0.1, eps=1e-12, preconditioner=kind).square().sum()
+
+    found = []
+    for kind in (None, "fourier"):
+        leaf = points.double().requires_grad_()
+        found += torch.autograd.grad(loss(leaf, kind), leaf)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-7)
+
+
 def test_own_preconditioner_and_ranges():
     K = gauss(x)
     got = K.solve(b, alpha=0.3, eps=1e-12, preconditioner=lambda r: r / 1.3)
@@ -226,6 +260,23 @@ def test_float32():
         (lambda: (Vi(x) - Vj(x[:3])).sqnorm2().solve(b), pb.ShapeError, "must be square"),
         (lambda: gauss(x).solve(b, maxiter=0), pb.ArgumentError, "maxiter must be an int >= 1; got 0"),
         (lambda: gauss(x).solve(b, preconditioner="ilu"), pb.ArgumentError, "None, 'nystrom', 'cholesky'"),
+        (lambda: gauss(x).solve(b, rank=0), pb.ArgumentError, "rank must be an int >= 1; got 0"),
+        (lambda: (Vi(x) | Vj(x)).solve(b, preconditioner="fourier"), pb.ArgumentError, "function of x - y.*'nystrom'"),
+        (
+            lambda: (-(Vi(x) - Vj(x)).norm2()).exp().solve(b, preconditioner="fourier"),
+            pb.ArgumentError,
+            "no short Fourier series",
+        ),
+        (lambda: (-gauss(x)).solve(b, preconditioner="fourier"), pb.ArgumentError, "a Fourier coefficient is negative"),
+        (
+            lambda: gauss(x).solve(
+                b,
+                preconditioner="fourier",
+                ranges=cluster.from_matrix(torch.tensor([[0, N]]), torch.tensor([[0, N]]), torch.ones(1, 1).bool()),
+            ),
+            pb.ArgumentError,
+            "'fourier' needs a real kernel of one component",
+        ),
         (lambda: gauss(x).solve(b, foo=1), pb.ArgumentError, "unknown argument 'foo'"),
         (lambda: KernelSolve(GAUSS, ALIASES, "c"), pb.ArgumentError, "'c' is not among the aliases"),
         (lambda: KernelSolve(GAUSS, ALIASES, "b", axis=0), pb.ArgumentError, "'b' is another kind"),

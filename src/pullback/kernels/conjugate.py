@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError
-from pullback.kernels.precondition import Apply
 
-PRECONDITIONERS = (None, "nystrom", "cholesky")
+Apply = Callable[[Tensor], Tensor]  # (*batch, n, columns) -> the same shape
+
+PRECONDITIONERS = (None, "nystrom", "cholesky", "fourier")
 
 
 class ConvergenceWarning(UserWarning):
@@ -43,7 +45,7 @@ class Options:
     atol: float = 0.0
     maxiter: int = 1000
     preconditioner: Any = None
-    rank: int = 50
+    rank: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -53,10 +55,10 @@ class Options:
             raise ArgumentError(f"solve: maxiter must be an int >= 1; got {self.maxiter!r}")
         if self.preconditioner not in PRECONDITIONERS and not callable(self.preconditioner):
             raise ArgumentError(
-                f"solve: preconditioner must be None, 'nystrom', 'cholesky' or a function r -> P^-1 r; got "
+                f"solve: preconditioner must be None, 'nystrom', 'cholesky', 'fourier' or a function r -> P^-1 r; got "
                 f"{self.preconditioner!r}"
             )
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise ArgumentError(f"solve: rank must be an int >= 1; got {self.rank!r}")
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import pullback.kernels.fast.run as run
 import pullback.kernels.formula as language
 from pullback.core import interop, maps
+from pullback.core.autograd import constant_in_graphs
 from pullback.core.errors import ArgumentError, DtypeError, ShapeError
 from pullback.core.shapes import real_of
-from pullback.kernels.codegen import eager
-from pullback.kernels.conjugate import ConvergenceWarning, Options, conjugate_gradients
+from pullback.kernels.conjugate import Apply, ConvergenceWarning, Options, conjugate_gradients
 from pullback.kernels.ir.expr import PARAMETER, Expr, variable, walk
 from pullback.kernels.ir.expr import I as ROW
 from pullback.kernels.ir.expr import J as COLUMN
@@ -26,7 +27,7 @@ from pullback.kernels.lazy_data import from_pairs, to_pairs
 from pullback.kernels.lazy_expr import number_of, numbered, renumber, shelf, shelve, swap_roles
 from pullback.kernels.operator import LinearForm, form_of
 from pullback.kernels.plan.ranges import Ranges, as_ranges
-from pullback.kernels.precondition import Apply, nystrom, pivoted_cholesky
+from pullback.kernels.precondition import preconditioner
 from pullback.kernels.reduce import Reducer
 from pullback.kernels.task import event_rank, task, within
 
@@ -65,9 +66,15 @@ class System(maps.Map):
         b = b.expand(*self._batch(tensors), *b.shape[-2:])
         alpha = alpha[..., None, None].to(b.dtype)
         product: Apply = lambda v: self.form.product(args, v, False, self.ranges, self.options.backend)  # noqa: E731
+
+        def beside(v: Tensor) -> Tensor:
+            """K v, to which alpha v will be added: a tolerance is one of the sum."""
+            with run.beside((alpha * v).square().sum((-2, -1)).sqrt()):
+                return product(v)
+
         with torch.no_grad():
-            inverse = self._preconditioner(product, b, alpha, args)
-            x, info = conjugate_gradients(product, b, alpha, inverse, self.options, self.form.unit_in)
+            inverse = preconditioner(self.form, self.ranges, self.options, product, b, alpha, args)
+            x, info = conjugate_gradients(beside, b, alpha, inverse, self.options, self.form.unit_in)
         if hasattr(_watch, "found"):
             _watch.found.append(info)
         if not bool(info.converged.all()):
@@ -114,51 +121,13 @@ class System(maps.Map):
             right = -term if right is None else right - term
         return None if right is None else maps.call(self, [right, alpha, *args])
 
-    # Preconditioners ------------------------------------------------------------------------------------------------
-
-    def _preconditioner(self, product: Apply, b: Tensor, alpha: Tensor, args: Sequence[Tensor]) -> Apply | None:
-        kind, rank, unit = self.options.preconditioner, self.options.rank, self.form.unit_in
-        if kind is None or callable(kind):
-            return kind
-        *batch, n, _ = b.shape
-        if kind == "nystrom":
-
-            def flat(v: Tensor) -> Tensor:  # (*batch, n * unit, columns) -> (*batch, n, columns * unit)
-                return v.unflatten(-2, (n, unit)).transpose(-1, -2).flatten(-2)
-
-            def back(v: Tensor) -> Tensor:
-                return v.unflatten(-1, (-1, unit)).transpose(-1, -2).flatten(-3, -2)
-
-            inverse = nystrom(lambda v: back(product(flat(v))), (*batch, n * unit), alpha, rank, b)
-            return lambda r: flat(inverse(back(r)))
-        if self.form.mode != "scalar" or self.ranges is not None:
-            raise ArgumentError(
-                "solve: preconditioner='cholesky' needs a real kernel of one component without ranges; use 'nystrom'"
-            )
-        signature = self.form.signature
-        numbers = torch.arange(n, device=b.device)
-
-        def values(j: Tensor) -> Tensor:
-            """K_ij for j of shape (*batch, n), one for each i, or (*batch, 1), one for all."""
-            tensors = []
-            for t, (dim, category) in zip(args, signature, strict=True):
-                if category == COLUMN:
-                    t = t.expand(*batch, *t.shape[-2:]).gather(-2, j.unsqueeze(-1).expand(*j.shape, dim))
-                elif category == PARAMETER:
-                    t = t.unsqueeze(-2)
-                tensors.append(t)
-            (y,) = eager.evaluate([self.form.expr], tensors, (numbers[:, None], j.unsqueeze(-1)))
-            return y.expand(*batch, n, 1).squeeze(-1)
-
-        return pivoted_cholesky(values(numbers.expand(*batch, n)), lambda p: values(p[..., None]), alpha, rank)
-
 
 @lru_cache(maxsize=256)
 def _system(form: LinearForm, options: Options) -> System:
     return System(form, options, None)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_system(expr: int, form: Any, options: Any) -> str:
     return shelve(_system(LinearForm(numbered(expr), *form), Options(*options)))
 
@@ -321,7 +290,7 @@ class KernelSolve:
         maxiter: int = 1000,
         rtol: float | None = None,
         preconditioner: Any = None,
-        rank: int = 50,
+        rank: int | None = None,
         info: bool = False,
         tolerance: float | None = None,
     ) -> Any:
@@ -335,7 +304,9 @@ class KernelSolve:
             rtol: `eps` under its usual name.
             maxiter: cap; where it is met a ConvergenceWarning says so and the best iterate is returned.
             preconditioner: None; "nystrom", from `rank` random products; "cholesky", from `rank` columns chosen
-                greedily; or a function r -> P^-1 r.
+                greedily; "fourier", from the `rank` largest Fourier modes of a kernel that is a smooth function of
+                x - y; or a function r -> P^-1 r.
+            rank: None: 50, and 2048 of "fourier".
             info: also return a SolveInfo.
             tolerance: relative l2 error of each product with the matrix, below `eps`; None: exact products.
 

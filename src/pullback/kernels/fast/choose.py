@@ -38,11 +38,11 @@ def rate(program: Program) -> float:
 
 
 class Method(Protocol):
-    """A way to sum: called with the number of the attempt, the second one being more accurate; None if it cannot."""
+    """A way to sum; None if it cannot."""
 
     name: str
 
-    def __call__(self, attempt: int) -> Apply | None:
+    def __call__(self) -> Apply | None:
         """The sums."""
 
 
@@ -53,32 +53,32 @@ class _Fourier:
         self.one, self.sizes = one, one.sizes_of_kernels()
 
     def fits(self) -> bool:
-        return bool(torch.isfinite(self.sizes).all() and (self.sizes > 0).all()) and self.series(0) is not None
+        return bool(torch.isfinite(self.sizes).all() and (self.sizes > 0).all()) and self.series() is not None
 
     def seconds(self) -> float:
         """Roughly the time of a sum with a plan."""
-        s, one = self.series(0), self.one
+        s, one = self.series(), self.one
         assert s is not None
         transforms = one.n_channels + len(one.form.components)
         work = (one.m + one.n) / 2 * _SPREAD[len(s.modes)] + math.prod(s.modes) * 2 ** len(s.modes) * _MODE
         return transforms / 2 * work / torch.get_num_threads()
 
-    def series(self, attempt: int) -> fourier.Series | None:
+    def series(self) -> fourier.Series | None:
         one = self.one
-        target = (4.0 if attempt == 0 else 0.05) * one.tolerance
+        target = 4.0 * one.tolerance
         make = lambda: fourier.series(lambda d: one.kernel(d) / self.sizes, one.points.fourier.edge, target)  # noqa: E731
         return one.points.made(("series", *one.identity(), target), make)
 
-    def __call__(self, attempt: int) -> Apply | None:
-        s = self.series(attempt)
+    def __call__(self) -> Apply | None:
+        s = self.series()
         if s is None:
             return None
-        accuracy = max(self.one.tolerance * (2.0 if attempt == 0 else 0.05), 1e-14)
-        double = accuracy < 1e-5 or attempt > 0
+        accuracy = 2.0 * self.one.tolerance
+        how = fourier.Precision(accuracy, accuracy < 1e-5 or self.one.careful)
         scaled = fourier.Series(s.period, s.coefficients * self.sizes.view(-1, *(1,) * len(s.modes)))
 
         def sums(weights: Tensor, channels: Any, over_i: bool) -> Tensor:
-            return self.one.points.fourier.apply(scaled, weights, channels, over_i, accuracy, double)
+            return self.one.points.fourier.apply(scaled, weights, channels, over_i, how)
 
         return Apply(sums, f"{' x '.join(map(str, s.modes))} modes")
 
@@ -91,11 +91,11 @@ class _Tree:
         if one.has_plain and ONE not in one.kernels:
             one.kernels.append(ONE)
 
-    def __call__(self, attempt: int) -> Apply | None:
+    def __call__(self) -> Apply | None:
         one = self.one
         leaf = leaf_for(one.tolerance, one.points.x.shape[1])
         plan: TreePlan = one.points.made(("tree", leaf), lambda: TreePlan(one.points.x, one.points.y, leaf))
-        tolerance = one.tolerance * (0.6 if attempt == 0 else 0.1)
+        tolerance = 0.6 * one.tolerance
         try:
             far: FarField = one.points.made(
                 ("far", leaf, *one.identity(), tolerance), lambda: FarField(plan, one.kernel, tolerance)

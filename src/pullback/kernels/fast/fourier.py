@@ -26,6 +26,19 @@ _BATCH = 1 << 26  # complex numbers of strengths that one call of the NUFFT take
 
 
 @dataclass(frozen=True)
+class Precision:
+    """Relative accuracy of the non-uniform FFTs, and whether they compute in complex128 instead of complex64."""
+
+    accuracy: float
+    double: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is transformed."""
+        return torch.complex128 if self.double else torch.complex64
+
+
+@dataclass(frozen=True)
 class Series:
     """K(d) = sum_m c_m exp(2 pi i m . d / period) on the box of differences.
 
@@ -201,9 +214,7 @@ class FourierPlan:
         self.centre, self.edge = extent(x, y)
         self._plans: dict[Any, Any] = {}
 
-    def apply(
-        self, s: Series, weights: Tensor, channels: Sequence[Channel], over_i: bool, accuracy: float, double: bool
-    ) -> Tensor:
+    def apply(self, s: Series, weights: Tensor, channels: Sequence[Channel], over_i: bool, how: Precision) -> Tensor:
         """sum_j of kernel k at x_i - y_j times weight r, added over the pairs (k, r) of each channel.
 
         Args:
@@ -211,71 +222,67 @@ class FourierPlan:
             weights: (N, r), real; (M, r) if `over_i`.
             channels: what is added up in each column of the result.
             over_i: sum over i instead, a row for each j.
-            accuracy: relative accuracy of the transforms.
-            double: compute in complex128 instead of complex64.
+            how: the precision of the transforms.
 
         Returns: (M or N, number of channels), of the dtype of `weights`.
         """
-        self.accuracy, self.double, self.over_i = accuracy, double, over_i
-        kind = torch.complex128 if self.double else torch.complex64
-        spectra = self._sources(s, weights, kind)
-        c = s.coefficients.to(kind)
+        spectra = self.sources(s, weights, over_i, how)
+        c = s.coefficients.to(how.dtype)
         c = c.conj() if over_i else c  # K is real: its mirror image has the conjugate series
         columns = []
         for channel in channels:
             columns.append(torch.stack([c[k] * spectra[r] for k, r in channel]).sum(0))
-        return self._targets(s, columns).to(weights.dtype)
+        return self.targets(s, columns, over_i, how).to(weights.dtype)
 
-    def _sources(self, s: Series, weights: Tensor, kind: torch.dtype) -> list[Tensor]:
-        """Type 1: the spectrum of each weight. Two real weights share a complex transform."""
+    def sources(self, s: Series, weights: Tensor, over_i: bool, how: Precision) -> list[Tensor]:
+        """Type 1: the spectrum of each weight on the modes of `s`. Two real weights share a complex transform."""
         n = weights.shape[1]
-        real = weights.to(torch.float64 if self.double else torch.float32)
-        packed = torch.zeros((n + 1) // 2, weights.shape[0], dtype=kind)
+        real = weights.to(torch.float64 if how.double else torch.float32)
+        packed = torch.zeros((n + 1) // 2, weights.shape[0], dtype=how.dtype)
         view = torch.view_as_real(packed)
         for r in range(n):
             view[r // 2, :, r % 2] = real[:, r]
         spectra = []
-        for z in self._run(1, s, packed):
+        for z in self._run(1, s, packed, over_i, how):
             reverse = z.flip(tuple(range(z.ndim))).roll((1,) * z.ndim, tuple(range(z.ndim))).conj()
             spectra += [(z + reverse) / 2, (z - reverse) / 2j]
         return spectra[:n]
 
-    def _targets(self, s: Series, columns: Sequence[Tensor]) -> Tensor:
+    def targets(self, s: Series, columns: Sequence[Tensor], over_i: bool, how: Precision) -> Tensor:
         """Type 2: the values of each spectrum. Two real results share a complex transform."""
         zero = torch.zeros_like(columns[0])
         pairs = [
             columns[q] + 1j * (columns[q + 1] if q + 1 < len(columns) else zero) for q in range(0, len(columns), 2)
         ]
-        z = self._run(2, s, torch.stack(pairs))
+        z = self._run(2, s, torch.stack(pairs), over_i, how)
         out = torch.view_as_real(z).permute(1, 0, 2).reshape(z.shape[1], -1)
         return out[:, : len(columns)]
 
-    def _run(self, kind: int, s: Series, data: Tensor) -> Tensor:
+    def _run(self, kind: int, s: Series, data: Tensor, over_i: bool, how: Precision) -> Tensor:
         """The transforms of all rows of `data`, a few at a time."""
-        points = self.points[(kind == 1) != self.over_i]
-        step = max(1, min(8, _BATCH // max(1, points.shape[0])))
-        parts = [self._plan(kind, s, part.shape[0]).execute(part.numpy()) for part in data.split(step)]
-        shape = s.modes if kind == 1 else (points.shape[0],)
+        side = int((kind == 1) != over_i)
+        n = self.points[side].shape[0]
+        step = max(1, min(8, _BATCH // max(1, n)))
+        parts = [self._plan(kind, side, s, p.shape[0], how).execute(p.numpy()) for p in data.split(step)]
+        shape = s.modes if kind == 1 else (n,)
         return torch.cat([torch.from_numpy(p).reshape(-1, *shape) for p in parts])
 
-    def _plan(self, kind: int, s: Series, n_trans: int) -> Any:
-        side = int((kind == 1) != self.over_i)
-        key = (kind, side, s.modes, tuple(s.period.tolist()), n_trans, self.accuracy, self.double)
+    def _plan(self, kind: int, side: int, s: Series, n_trans: int, how: Precision) -> Any:
+        key = (kind, side, s.modes, tuple(s.period.tolist()), n_trans, how)
         if key not in self._plans:
             import finufft
 
-            dtype = "complex128" if self.double else "complex64"
             plan = finufft.Plan(
                 kind,
                 s.modes,
                 n_trans,
-                eps=self.accuracy,
+                eps=how.accuracy,
                 isign=-1 if kind == 1 else 1,
-                dtype=dtype,
+                dtype="complex128" if how.double else "complex64",
                 nthreads=torch.get_num_threads(),
             )
             t = (2 * math.pi) * (self.points[side] - self.centre) / s.period
-            t = t.to(torch.float64 if self.double else torch.float32)
+            t = t.to(torch.float64 if how.double else torch.float32)
             plan.setpts(*(t[:, k].contiguous().numpy() for k in range(t.shape[1])))
             if len(self._plans) > 8:
                 self._plans.clear()

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pullback.kernels.fast.analyse import Refused, analyse
+from pullback.kernels.fast.analyse import Refused, analyse, split
 from pullback.kernels.fast.choose import choose, rate
 from pullback.kernels.fast.softmax import SHIFTED, Lost, shifted
 from pullback.kernels.fast.sum import Exact, FastSum, Result, error
@@ -25,6 +27,8 @@ from pullback.kernels.ir.reductions import Program
 
 CHECKED = 0.08  # share of the time that the check may take
 _SURE = 0.7  # of the tolerance, that the error on sampled rows may reach
+_SHARPER = 0.06  # part of the tolerance that the second attempt aims at, less after a wide miss
+_LOST = 1e-5  # the same for sums behind a logarithm, which may be much smaller than their mean
 
 
 class ToleranceWarning(UserWarning):
@@ -64,60 +68,73 @@ def sums(
         tolerance: relative l2 error.
         exact: (program, tensors, ranges) -> result of the exact engine.
     """
+    size = getattr(_context, "beside", None)
     if not batch:
-        return _member(program, tensors, m, n, tolerance, exact)
+        return _member(program, tensors, m, n, tolerance, exact, 0.0 if size is None else float(size))
+    sizes = torch.zeros(batch) if size is None else size.expand(batch)
     members = []
     for where in itertools.product(*map(range, batch)):
-        own = [_of_member(t, len(batch), where, c) for t, (_, c) in zip(tensors, program.signature, strict=True)]
-        y = _member(program, own, m, n, tolerance, exact)
+        own = of_member(tensors, program.signature, where)
+        y = _member(program, own, m, n, tolerance, exact, float(sizes[where]))
         members.append(exact(program, own) if y is None else y)
     return torch.stack(members).reshape(*batch, *members[0].shape) if members else None
 
 
-def _of_member(t: Tensor, n_batch: int, where: tuple[int, ...], category: int) -> Tensor:
-    """The part of an argument that belongs to a member of the batch; a shared argument as it is."""
-    own = t.ndim - (1 if category > J else 2)
-    at = tuple(0 if size == 1 else k for size, k in zip(t.shape[:own], where[n_batch - own :], strict=True))
-    return t[at] if own else t
+def of_member(tensors: Sequence[Tensor], signature: Sequence[tuple[int, int]], where: tuple[int, ...]) -> list[Tensor]:
+    """The parts of arguments that belong to a member of the batch; shared arguments as they are."""
+    found = []
+    for t, (_, category) in zip(tensors, signature, strict=True):
+        own = t.ndim - (1 if category > J else 2)
+        sizes = zip(t.shape[:own], where[len(where) - own :], strict=True)
+        found.append(t[tuple(0 if size == 1 else k for size, k in sizes)] if own else t)
+    return found
 
 
 def _member(
-    program: Program, tensors: Sequence[Tensor], m: int, n: int, tolerance: float, exact: Exact
+    program: Program, tensors: Sequence[Tensor], m: int, n: int, tolerance: float, exact: Exact, beside: float
 ) -> Tensor | None:
     start = time.perf_counter()
     miss, reason = 0.0, "the fast sum missed its tolerance"
-    # sums behind a logarithm may be much smaller than their mean: the second attempt is far more accurate
-    inner = (tolerance, max(1e-5 * tolerance, 1e-13)) if program.kind in SHIFTED else (tolerance, tolerance)
-    for attempt in range(2):
-        try:
-            if m == 0 or n == 0:
-                raise Refused("there are no pairs")
-            if tensors[0].device.type != "cpu":
-                raise Refused(f"fast sums run on the CPU; the tensors lie on {tensors[0].device}")
-            if program.kind in SHIFTED:
-                total, arguments, finish = shifted(program, tensors, m, n, inner[attempt])
-            else:
-                total, arguments, finish = program, list(tensors), None
-            one = FastSum(analyse(total), arguments, m, n, inner[attempt])
-            method = choose(one, exact)
-            apply = method(attempt)
-            if apply is None:
-                break
-            results = one.run(apply)
-            if finish is not None:
-                results = [finish(results[0][1])]
-        except Lost as lost:
-            reason = str(lost)
-            continue
-        except Refused as refused:
-            _tell(Info("exact", tolerance, detail=str(refused)))
-            return None
-        spent = time.perf_counter() - start
-        rows = int(min(64, max(4, CHECKED * spent * rate(program) / max(m, n) / len(program.exprs))))
-        miss = error(program, tensors, results, rows, exact)
-        if miss <= _SURE * tolerance:
-            _tell(Info(method.name, tolerance, miss, rows, apply.detail, time.perf_counter() - start))
-            return _assembled(results, tensors[0].dtype)
+    try:
+        if m == 0 or n == 0:
+            raise Refused("there are no pairs")
+        if tensors[0].device.type != "cpu":
+            raise Refused(f"fast sums run on the CPU; the tensors lie on {tensors[0].device}")
+        form = split(program)[0] if program.kind in SHIFTED else analyse(program)
+        points = FastSum(form, tensors, m, n, tolerance).points
+        learned: dict[str, float] = points.made(("learned", program, tolerance), dict)
+        sharper = learned.get("sharper", 1.0)  # than the tolerance: what the same points needed before
+        for _ in range(2):
+            try:
+                inner = max(sharper * tolerance, 1e-14)
+                if program.kind in SHIFTED:
+                    total, arguments, finish = shifted(program, tensors, m, n, inner)
+                else:
+                    total, arguments, finish = program, list(tensors), None
+                one = FastSum(analyse(total), arguments, m, n, inner, sharper < 1)
+                method = choose(one, exact)
+                apply = method()
+                if apply is None:
+                    break
+                results = one.run(apply)
+                if finish is not None:
+                    results = [finish(results[0][1])]
+            except Lost as lost:
+                reason = str(lost)
+                sharper *= _LOST
+                continue
+            spent = time.perf_counter() - start
+            rows = int(min(64, max(4, CHECKED * spent * rate(program) / max(m, n) / len(program.exprs))))
+            miss = error(program, tensors, results, rows, exact, beside)
+            if miss <= _SURE * tolerance:
+                learned["sharper"] = sharper
+                _tell(Info(method.name, tolerance, miss, rows, apply.detail, time.perf_counter() - start))
+                return _assembled(results, tensors[0].dtype)
+            # to powers of two, so that what was prepared serves again
+            sharper *= 2.0 ** math.floor(math.log2(_SHARPER * max(1e-9, min(1.0, tolerance / miss))))
+    except Refused as refused:
+        _tell(Info("exact", tolerance, detail=str(refused)))
+        return None
     if miss:
         text = f"a fast sum missed its tolerance of {tolerance:.1e} (rows: {miss:.1e}); the exact sum was taken"
         warnings.warn(ToleranceWarning(text), stacklevel=2)
@@ -136,19 +153,34 @@ def watch() -> Iterator[list[Info]]:
     []
     """
     found: list[Info] = []
-    before = getattr(_watching, "lists", ())
-    _watching.lists = (*before, found)
-    try:
+    with _during("lists", (*(getattr(_context, "lists", None) or ()), found)):
         yield found
+
+
+def beside(size: Tensor) -> AbstractContextManager[None]:
+    """In this context a tolerance is relative to hypot(|result|, size), size of shape (*batch,).
+
+    For a result that is added to something else of l2 norm `size`, such as alpha b in (alpha + K) b, where K is
+    positive: the norm of the sum is at least that.
+    """
+    return _during("beside", size)
+
+
+_context = threading.local()  # .lists: where `watch` wants to be told; .beside: see there
+
+
+@contextmanager
+def _during(name: str, value: Any) -> Iterator[None]:
+    before = getattr(_context, name, None)
+    setattr(_context, name, value)
+    try:
+        yield
     finally:
-        _watching.lists = before
-
-
-_watching = threading.local()
+        setattr(_context, name, before)
 
 
 def _tell(info: Info) -> None:
-    for found in getattr(_watching, "lists", ()):
+    for found in getattr(_context, "lists", None) or ():
         found.append(info)
 
 

@@ -46,10 +46,14 @@ class FastSum:
         tensors: its arguments.
         m, n: numbers of rows i and j.
         tolerance: relative l2 error of each result.
+        careful: compute in double precision whatever the tolerance.
     """
 
-    def __init__(self, form: Form, tensors: Sequence[Tensor], m: int, n: int, tolerance: float) -> None:
+    def __init__(
+        self, form: Form, tensors: Sequence[Tensor], m: int, n: int, tolerance: float, careful: bool = False
+    ) -> None:
         self.form, self.tensors, self.m, self.n, self.tolerance = form, tensors, m, n, tolerance
+        self.careful = careful
         program = form.program
         self.parameters = {
             p: t.double() for p, (t, (_, c)) in enumerate(zip(tensors, program.signature, strict=True)) if c > J
@@ -155,8 +159,18 @@ class FastSum:
         return out
 
 
-def error(program: Program, tensors: Sequence[Tensor], results: Sequence[Result], n_rows: int, exact: Exact) -> float:
-    """The largest relative l2 error of a result, from sampled rows against the exact engine in float64."""
+def error(
+    program: Program,
+    tensors: Sequence[Tensor],
+    results: Sequence[Result],
+    n_rows: int,
+    exact: Exact,
+    beside: float = 0.0,
+) -> float:
+    """The largest l2 error of a result relative to hypot(|result|, beside).
+
+    From sampled rows against the exact engine in float64.
+    """
     worst = 0.0
     generator = torch.Generator().manual_seed(2)
     for e, axis, (rows, total) in zip(program.exprs, program.axes, results, strict=False):
@@ -173,7 +187,7 @@ def error(program: Program, tensors: Sequence[Tensor], results: Sequence[Result]
         count = rows.shape[0] - len(top)
         # the largest rows are all checked, the rest by a sample; errors of rows that are added up are independent
         square = miss[: len(top)].sum() + (miss[len(top) :].mean() * count if count else 0.0)
-        size = float(total.norm())
+        size = math.hypot(float(total.norm()), beside)
         relative = float(square.sqrt()) / size if size > 0 else (0.0 if float(square) == 0 else math.inf)
         worst = max(worst, math.inf if math.isnan(relative) else relative)
     return worst
