@@ -12,6 +12,7 @@ SRC = Path(__file__).parents[1] / "src" / "pullback"
 LAYERS = ["core", "linops", "kernels", "functionals", "solvers", "autodiff", "graphs", "imaging", "io", "cli"]
 ALSO = {"graphs": {"core"}, "kernels": {"core", "linops"}}  # narrower than "everything below"
 HEAVY = {
+    "torch._dynamo",
     "llvmlite",
     "numba",
     "triton",

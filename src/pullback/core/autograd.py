@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -31,6 +31,15 @@ _interpreter = _C._functorch.peek_interpreter_stack
 _dispatch_modes = _C._len_torch_dispatch_stack
 _is_legacy_batched = _C._functorch.is_legacy_batchedtensor
 _transforms_active = _C._are_functorch_transforms_active
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: _F) -> _F:
+    """`torch.compiler.assume_constant_result` without importing torch's compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 # Handles name live operators in graphs. They start at a random place in each process, so that a graph which was cached
 # on disk by another process can never meet an operator of this one.

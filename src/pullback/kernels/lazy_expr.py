@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pullback.core.autograd import constant_in_graphs
 from pullback.kernels.ir.expr import PARAMETER, Expr, _interned, builders, const, index, substitute, variable, walk
 
 Shape = tuple[int, ...]
@@ -58,17 +59,17 @@ def shelve(value: Any) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _dim_of(number: int) -> int:
     return numbered(number).dim
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _op_of(number: int) -> str:
     return numbered(number).op
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_build(name: str, operands: Shape, places: tuple[Shape | None, ...], params: tuple[Any, ...]) -> int:
     return _keep(_build(name, tuple(map(numbered, operands)), places, params))
 
@@ -76,7 +77,7 @@ def _traced_build(name: str, operands: Shape, places: tuple[Shape | None, ...], 
 _ATOMS: dict[str, Callable[..., Expr]] = {"Var": variable, "Const": const, "Index": index}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_atom(name: str, numbers: tuple[int, ...]) -> int:
     return _keep(_ATOMS[name](*numbers))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pullback.core import interop
+from pullback.core.autograd import constant_in_graphs
 from pullback.core.errors import ArgumentError, DtypeError, ShapeError
 from pullback.kernels.ir.expr import Expr, builders, variable
 from pullback.kernels.ir.expr import I as ROW
@@ -77,13 +78,13 @@ def product_reducer(
     return reducer("Sum", product, (*signature, (width, category)), axis)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_reducer(kind: str, expr: int, signature: Any, axis: int, weight: int | None, *options: Any) -> str:
     w = None if weight is None else numbered(weight)
     return shelve(reducer(kind, numbered(expr), signature, axis, w, *options))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_product(expr: int, *rest: Any) -> str:
     return shelve(product_reducer(numbered(expr), *rest))
 
