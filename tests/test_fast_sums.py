@@ -10,7 +10,9 @@ import torch
 import pullback as pb
 from pullback.core.errors import ArgumentError
 from pullback.kernels import fast
+from pullback.kernels.fast import sum as fast_sum
 from pullback.kernels.fast.analyse import Refused, analyse
+from pullback.kernels.fast.run import beside
 
 N = 6000
 
@@ -63,7 +65,7 @@ def test_the_formula_is_read(formula, d):
 @pytest.mark.parametrize(
     ("formula", "why"),
     [
-        ("Exp((x|y))*b", "Exp mixes i and j"),
+        ("Cos((x|y))*b", "Cos mixes i and j"),
         ("(x|y)*b", "no function of a difference"),
         ("Exp(-SqNorm2(Concat(x,x)-Concat(y,b)))", "6 coordinates|5 coordinates"),
     ],
@@ -160,6 +162,37 @@ def test_operators_and_solvers_take_it():
     assert done and "exact" not in method(done)
     assert relative(found + K @ found, b) < 2e-5
     assert relative(sol.x, found) < 1e-4
+
+
+def test_a_tolerance_may_count_what_is_added():
+    x = torch.rand(3000, 2, dtype=torch.float64)
+    K = gaussian(x, x, torch.tensor([4.0], dtype=torch.float64)).with_tolerance(1e-6)
+    b = torch.randn(3000, dtype=torch.float64)
+    b -= b.mean()
+    with fast.watch() as done:
+        y = K @ b
+        with beside(1e5 * y.norm()):
+            K @ b
+        K @ b
+    alone, added, after = done
+    assert 0 < 1e3 * added.error < min(alone.error, after.error)
+
+
+def test_what_a_solver_needed_is_remembered(monkeypatch):
+    """The second product with weights that nearly cancel aims lower at once."""
+    x = torch.rand(4000, 2, dtype=torch.float64)
+    K = gaussian(x, x, torch.tensor([1.0], dtype=torch.float64)).with_tolerance(1e-4)
+    u, _, _ = torch.linalg.svd(torch.exp(-torch.cdist(x, x).square())[:, ::10], full_matrices=False)
+    b = u[:, 12].clone()  # K b is a ten-thousandth of what weights of this size give
+    calls = []
+    run = sys.modules["pullback.kernels.fast.run"]
+    monkeypatch.setattr(run, "error", lambda *a: calls.append(fast_sum.error(*a)) or calls[-1])
+    with fast.watch() as done:
+        K @ b
+        first = len(calls)
+        K @ b
+    assert first == 2 and len(calls) == 3 and calls[0] > 1e-4 > max(calls[1:]), calls
+    assert [info.method for info in done] == ["fourier", "fourier"]
 
 
 def test_bad_tolerances_are_refused():
