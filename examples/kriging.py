@@ -38,8 +38,9 @@ z = (value[known] - mean) / spread
 # %% [markdown]
 # ## The model
 #
-# A sum of two Gaussians: broad hills and narrow ridges. `with_tolerance` makes each product fast; the solver pays for
-# the plan once.
+# A sum of two Gaussians: broad hills and narrow ridges. `tolerance` makes each product fast, and the solver pays for
+# the plan once. `preconditioner="fourier"` inverts the system in the span of the kernel's largest Fourier modes first:
+# a tenth of the iterations.
 
 
 # %%
@@ -52,7 +53,7 @@ def kernel(p: torch.Tensor, q: torch.Tensor) -> pb.LazyTensor:
 K = kernel(place[known], place[known])
 start = time.perf_counter()
 with fast.watch() as sums:
-    weights, info = K.solve(z, alpha=0.003, eps=1e-3, tolerance=1e-5, maxiter=2000, info=True)
+    weights, info = K.solve(z, alpha=0.003, eps=1e-3, tolerance=1e-5, preconditioner="fourier", info=True)
 elapsed = time.perf_counter() - start
 print(f"{len(known)} equations: {info.iterations} iterations in {elapsed:.1f} s, products by {sums[-1].method} with")
 print(f"{sums[-1].detail}, errors on checked rows at most {max(s.error for s in sums):.1e}")
