@@ -26,7 +26,7 @@ bench-operators: $(VENV)/.dev
 	$(BIN)/python benchmarks/operators.py
 
 bench-kernels: $(VENV)/.bench
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernels.py $(if $(DEVICE),--device $(DEVICE))
 
 bench-fast-sums: $(VENV)/.bench
 	$(BIN)/python benchmarks/fast_sums.py

@@ -1,9 +1,10 @@
 """Kernel reductions beside KeOps: one table of the speeds that this library holds itself to.
 
     python benchmarks/kernels.py [--only NAME] [--repeats 9] [--no-peer]
+    python benchmarks/kernels.py --device cuda      another table, see `kernels_device.py`
 
-float32, two threads, both libraries at their defaults, on the same data, alternating in one process; values are
-compared before anything is timed. A row prints minimum and median of both sides, the ratio of the minima beside its
+On the CPU: float32, two threads, both libraries at their defaults, on the same data, alternating in one process; values
+are compared before anything is timed. A row prints minimum and median of both sides, the ratio of the minima beside its
 bar, Gpairs/s, and the share of the machine's measured multiply-adds that the row's `ops` are (vector instructions a
 pair, counted in `kernels_cases.py`; additions may run beside multiply-adds, so a share is a guide, not a bound). Where
 KeOps takes seconds it does fewer rows (column "rows") and its time is scaled: its rows are independent.
@@ -38,6 +39,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kernels_device
 import torch
 from kernels_cases import GAUSSIAN, Call, Case, cases, gaussian_aliases, points, tutorial_data, weights
 from kernels_peak import Peak
@@ -230,9 +232,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the rows whose name contains this")
     parser.add_argument("--repeats", type=int, default=9, help="readings of each side")
     parser.add_argument("--no-peer", action="store_true", help="time pullback alone")
+    parser.add_argument("--device", default="", help="the table of this device, such as cuda")
+    parser.add_argument("--sizes", default="", help="numbers of points there, such as 10000,100000")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
+    if arguments.device:
+        sizes = tuple(int(float(n)) for n in arguments.sizes.split(",") if n) or kernels_device.SIZES
+        library = peer() if torch.device(arguments.device).type == "cuda" and not arguments.no_peer else None
+        kernels_device.main(arguments.device, sizes, arguments.only, library, not arguments.no_peer)
+        return
 
     def wanted(name: str) -> bool:
         return arguments.only.lower() in name.lower()

@@ -131,7 +131,8 @@ class Genred:
         Args:
             args: (..., M, D) for Vi, (..., N, D) for Vj, (..., D) for Pm, in the order of the aliases; leading axes are
                 batch axes and broadcast.
-            backend: "auto", "llvm" or "eager", or KeOps' names ("CPU", "GPU", ...).
+            backend: "auto"; "llvm" (CPU), "triton" (GPU) or "eager" (tiles in torch, anywhere) insist; or KeOps' names
+                ("CPU", "GPU", ...).
             device_id: accepted and ignored: the work is done where the tensors lie.
             ranges: block-sparse pattern as in KeOps, see `pullback.kernels.cluster`.
             out: tensor that receives the result.

@@ -178,7 +178,7 @@ class Domain:
                     )
                 data, plain = given[leaf.slot], False
             elif not isinstance(data, Tensor):
-                data = torch.tensor([data], dtype=dtype, device=self.device)
+                data = torch.full((1,), data, dtype=dtype, device=self.device)  # no copy: the host need not wait
             elif data.dtype != dtype or data.device != (self.device or data.device):
                 data, plain = data.to(device=self.device, dtype=dtype), False
             found.append(data)

@@ -130,7 +130,7 @@ class Reducer:
             args: one tensor or array for each argument: (..., M, dim) of category i, (..., N, dim) of j, (..., dim) of
                 parameters. Leading axes are batch and broadcast.
             ranges: block-sparse pattern: six integer tensors as in KeOps, or `Ranges`.
-            backend: "auto", "llvm", "eager", "triton" (on a GPU, not yet run there); KeOps' "CPU" means "auto".
+            backend: "auto", "llvm" (CPU), "triton" (GPU) or "eager"; KeOps' "CPU" means "auto". See docs/devices.md.
             out: tensor that receives the result.
             tolerance: relative l2 error that is allowed; None: the exact sum.
 
@@ -153,9 +153,7 @@ class Reducer:
                 if len(self._known) > 64:
                     self._known.clear()
                 self._known[key] = found
-        for a in args[1:]:
-            if a.device != args[0].device:
-                self._raise(DeviceError, f"{self._where(args, lambda t: str(t.device))}; move them to one device")
+        self.check_devices(args)
         if backend != "auto":
             backend = self._backend(backend, args)
         if tolerance is not None:
@@ -184,6 +182,12 @@ class Reducer:
                 except (TypeError, ValueError, RuntimeError):
                     self._raise(DtypeError, f"arguments must be tensors or arrays of numbers; got {type(a).__name__}")
         return found, arrays
+
+    def check_devices(self, args: Sequence[Tensor]) -> None:
+        """Raise DeviceError unless all arguments lie on one device."""
+        for a in args[1:]:
+            if a.device != args[0].device:
+                self._raise(DeviceError, f"{self._where(args, lambda t: str(t.device))}; move them to one device")
 
     def check_tolerance(self) -> None:
         """Raise ArgumentError for a reduction that adds nothing up."""

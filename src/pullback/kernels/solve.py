@@ -160,7 +160,7 @@ def _solve(
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, (int, float, np.number)):
             raise DtypeError(f"solve: alpha must be a number or a tensor; got {type(alpha).__name__}")
-        alpha = torch.tensor(float(alpha), dtype=b.dtype, device=b.device)
+        alpha = torch.full((), float(alpha), dtype=b.dtype, device=b.device)
     if alpha.is_complex():
         raise DtypeError(f"solve: alpha must be real; got {alpha.dtype}")
     if torch.compiler.is_compiling():
@@ -183,7 +183,7 @@ def _solve(
 
 def solve_lazy(lazy: Any, other: Any, var: Any, alpha: Any, ranges: Any = None, **kwargs: Any) -> Any:
     """`LazyTensor.solve`: (alpha I + K)^-1 b for a LazyTensor K and data b of shape (n,) or (..., n, p)."""
-    options, info = _options(dict(kwargs))
+    options, info = _options({"backend": lazy.backend, **kwargs})
     if isinstance(other, LazyBase):  # KeOps writes Vi(b)
         if other._expr.op != "Var" or other._expr.params[1] == PARAMETER:
             raise ArgumentError("solve: b must be a tensor, or a variable Vi(b) of data")
@@ -317,6 +317,7 @@ class KernelSolve:
         tensors = [interop.share(a, "KernelSolve") if isinstance(a, np.ndarray) else torch.as_tensor(a) for a in args]
         tensors = self._check._promoted(tensors)
         _, m, n = self._check._check(tensors)
+        self._check.check_devices(tensors)
         if m != n:
             raise ShapeError(f"KernelSolve: the system must be square; got {m} rows i and {n} rows j in {self.formula}")
         options, _ = _options(

@@ -6,24 +6,34 @@ The derivative of a program is a program, so pullback and pushforward are again 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from types import TracebackType
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from pullback.core import maps
-from pullback.core.errors import ArgumentError, NotDifferentiableError
+from pullback.core import autograd, maps
+from pullback.core.autograd import constant_in_graphs
+from pullback.core.errors import ArgumentError, DeviceError, NotDifferentiableError
 from pullback.kernels.codegen import eager
 from pullback.kernels.fast.run import sums
 from pullback.kernels.ir import reductions
 from pullback.kernels.ir.expr import I, J
 from pullback.kernels.ir.reductions import KEPT, OVER_BOTH, REDUCTIONS, Program
+from pullback.kernels.lazy_expr import shelf, shelve
 from pullback.kernels.plan.ranges import Ranges
 from pullback.kernels.runtime import gpu, launch
 
 BACKENDS = ("auto", "eager", "llvm", "triton")
+MISSING = "Triton is not installed"  # what `gpu.why_not` says where it could be
 _WITHIN = "within "  # "within 1e-06": the sum within a relative error, see `kernels/fast`
+
+
+class BackendWarning(UserWarning):
+    """A reduction on a device runs tile by tile in torch, for a reason that is told once in a process."""
 
 
 def within(tolerance: float | None, backend: str | None = None) -> str:
@@ -72,7 +82,8 @@ class Task(maps.Map):
     Args:
         program: what is reduced.
         ranges: block-sparse pattern; None: all pairs.
-        backend: "auto", "eager", "llvm", "triton", or that of `within`.
+        backend: "eager", "llvm" (CPU), "triton" (CUDA and ROCm), that of `within`, or "auto": compiled where the device
+            has such a back end and it takes the program, else eager. The work is done where the tensors lie.
     """
 
     def __init__(self, program: Program, ranges: Ranges | None, backend: str) -> None:
@@ -83,6 +94,7 @@ class Task(maps.Map):
         self.integer = REDUCTIONS[program.kind].integer
         self.rows = tuple(KEPT[a] for a in program.axes)
         self._compiled: dict[torch.dtype, bool] = {}
+        self._reasons: dict[tuple[torch.device, torch.dtype], str] = {}  # why Triton does not run this; "": it does
         maps.register(self)
 
     def __repr__(self) -> str:
@@ -94,7 +106,7 @@ class Task(maps.Map):
 
     def uses_llvm(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the compiled back end runs this; raises if it was asked for and cannot."""
-        if self.backend == "eager":
+        if self.backend in ("eager", "triton"):
             return False
         if device.type != "cpu":
             if self.backend == "llvm":
@@ -108,34 +120,50 @@ class Task(maps.Map):
         return found
 
     def uses_triton(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether Triton runs this; raises if it was asked for and cannot.
-
-        Only where it is asked for: its code agrees with the definition in Triton's interpreter and compiles for three
-        architectures, but has not run on a device yet, so "auto" keeps the eager renderer there.
-        """
-        if self.backend != "triton":
-            return False
-        if device.type != "cuda":
+        """Whether Triton runs this; raises if it was asked for and cannot, says once if "auto" must do without it."""
+        asked = self.backend == "triton"
+        if asked and device.type == "cpu":
             raise ArgumentError(f"backend='triton' runs on a GPU; the tensors lie on {device}; use backend='auto'")
-        reason = gpu.why_not(self.program, dtype)
-        if reason:
+        if device.type == "cpu" or self.backend in ("eager", "llvm"):
+            return False
+        reason = self._reasons.get((device, dtype))
+        if reason is None:
+            there = device.type == "cuda"  # also the name of AMD's devices
+            reason = gpu.why_not(self.program, dtype) if there else f"Triton does not run on {device.type}"
+            self._reasons[device, dtype] = reason
+        if reason and asked:
             raise ArgumentError(f"backend='triton' cannot run {self.program}: {reason}; use backend='auto'")
-        return True
+        if reason:
+            _say(device, reason)
+        return not reason
 
     def evaluate(self, tensors: Sequence[Tensor]) -> Tensor:
         """The numbers."""
         batch, m, n = sizes(self.program.signature, tensors)
         like = tensors[0]
+        for k, t in enumerate(tensors):
+            if t.device != like.device:
+                raise DeviceError(
+                    f"argument {k} of {self.program} lies on {t.device}, argument 0 on {like.device}; "
+                    f"move them to one device"
+                )
         if any(t.is_neg() for t in tensors):  # torch's lazy minus sign: numbers in memory are not the values
             tensors = [t.resolve_neg() for t in tensors]
         if self.tolerance is not None and self.ranges is None:
-            y = sums(self.program, tensors, batch, m, n, self.tolerance, _exact)
+            y = sums(self.program, tensors, batch, m, n, self.tolerance, exactly)
             if y is not None:
                 return y
         if self.uses_llvm(like.device, like.dtype):
             return launch.run(self.program, tensors, batch, m, n, self.ranges)
         if self.uses_triton(like.device, like.dtype):
-            return gpu.run(self.program, tensors, batch, m, n, self.ranges)
+            try:
+                return gpu.run(self.program, tensors, batch, m, n, self.ranges)
+            except Exception as error:
+                if self.backend == "triton" or not _from_triton(error):
+                    raise
+                text = (str(error).strip().splitlines() or [""])[0]
+                self._reasons[like.device, like.dtype] = f"Triton failed with {type(error).__name__}: {text}"
+                self.uses_triton(like.device, like.dtype)  # says it
         return eager.run(self.program, tensors, batch, m, n, self.ranges)
 
     def fake(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -174,7 +202,8 @@ class Task(maps.Map):
     ) -> Sequence[Tensor | None]:
         """Gradients in the tensors numbered `wanted`, all in one pass over the pairs."""
         self._refuse_integer()
-        program, layout = reductions.pullback(self.program, tuple(wanted))
+        with autograd.ordinary():  # torch folds the constants of formulas: real numbers, also inside tracers
+            program, layout = reductions.pullback(self.program, tuple(wanted))
         grads: dict[int, Tensor] = {}
         if program is not None:
             _, m, n = sizes(self.program.signature, tensors)
@@ -192,7 +221,8 @@ class Task(maps.Map):
         if self.integer:
             return None
         moving = tuple(i for i, t in enumerate(tangents) if t is not None)
-        program = reductions.pushforward(self.program, moving)
+        with autograd.ordinary():
+            program = reductions.pushforward(self.program, moving)
         if program is None:
             return None
         args = self._saved(tensors, [t for t in tangents if t is not None], out)
@@ -204,20 +234,53 @@ class Task(maps.Map):
 
 
 _numbers = itertools.count()
+_said: set[tuple[str, str]] = set()
 
 
-def _exact(program: Program, tensors: Sequence[Tensor], ranges: Ranges | None = None) -> Tensor:
+def _say(device: torch.device, reason: str) -> None:
+    """Warn that reductions on the device run tile by tile, once for each reason."""
+    if (device.type, reason) in _said:
+        return
+    _said.add((device.type, reason))
+    fix = "pip install 'pullback[gpu]'" if reason == MISSING else "backend='eager' does the same without this warning"
+    text = f"reductions on {device.type} run tile by tile in torch, which is slower than compiled code: {reason}; {fix}"
+    warnings.warn(BackendWarning(text), stacklevel=2)
+
+
+def _from_triton(error: BaseException) -> bool:
+    """Whether an error arose inside Triton, as when it cannot compile or load a kernel; not if memory ran out."""
+    at: TracebackType | None = error.__traceback__
+    while at is not None:
+        if str(at.tb_frame.f_globals.get("__name__", "")).split(".")[0] == "triton":
+            return not isinstance(error, torch.OutOfMemoryError)
+        at = at.tb_next
+    return False
+
+
+def exactly(program: Program, tensors: Sequence[Tensor], ranges: Ranges | None = None) -> Tensor:
+    """The exact sum, by the back end that "auto" takes."""
     return task(program, ranges).evaluate(tensors)
 
 
 def task(program: Program, ranges: Ranges | None = None, backend: str = "auto") -> Task:
     """The task, made once, so that its compiled code and its name in graphs are shared."""
     if ranges is None:
+        if torch.compiler.is_dynamo_compiling():
+            return getattr(shelf, _traced_task(id(program), backend))
+        _named[id(program)] = program
         return _task(program, backend)
     found = ranges.tasks.get((program, backend))
     if found is None:
         found = ranges.tasks.setdefault((program, backend), Task(program, ranges, backend))
     return found
+
+
+_named: WeakValueDictionary[int, Program] = WeakValueDictionary()  # programs that traced functions name, by id
+
+
+@constant_in_graphs
+def _traced_task(number: int, backend: str) -> str:
+    return shelve(_task(_named[number], backend))
 
 
 @lru_cache(maxsize=8192)

@@ -18,7 +18,8 @@ from pullback.kernels.ir.reductions import OVER_BOTH, OVER_I, Program
 from pullback.kernels.ir.structure import STRUCTURES
 from pullback.kernels.plan.ranges import Ranges
 
-TILE = 1 << 18  # numbers in the widest intermediate of a tile: stays in the cache
+TILE = 1 << 18  # numbers in the widest intermediate of a tile: stays in the cache of a processor
+DEVICE_TILE = 1 << 28  # bytes of all intermediates of a tile on a device: many pairs for a launch, little of its memory
 
 State = tuple[Tensor, ...]
 
@@ -39,17 +40,47 @@ def evaluate(
         if node.op == "Var":
             value = tensors[node.params[0]]
         elif node.op == "Const":
-            value = torch.tensor(node.params, dtype=like.dtype, device=like.device)
+            value = _constant(node.params, like)
         elif node.op == "Index":
             numbers = index[node.params[0]]
             assert numbers is not None, "a formula with an index variable needs the numbers of its rows; please report"
             value = numbers.to(like.dtype)
         elif node.op in STRUCTURES:
-            value = STRUCTURES[node.op].torch([done[a] for a in node.args], node.params)
+            value = _structure(node, [done[a] for a in node.args])
         else:
             value = PRIMITIVES[node.op].torch(*(done[a] for a in node.args), *node.params)
         done[node] = value
     return [done[e] for e in exprs]
+
+
+# A device must not wait for the host ------------------------------------------------------------------------------
+# A list of numbers is a copy from the host: it waits for the device, and cannot be captured into a graph.
+
+
+def _constant(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype) if like.device.type == "cpu" else filled(values, like)
+
+
+def filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as a tensor like `like`, without a list of them."""
+    if len(set(values)) == 1:
+        return like.new_full((len(values),), values[0])
+    return torch.cat([like.new_full((1,), v) for v in values])
+
+
+def _structure(node: Expr, operands: Sequence[Tensor]) -> Tensor:
+    listed = node.op in ("Gather", "Scatter") and operands[0].device.type != "cpu"
+    return by_columns(node, operands) if listed else STRUCTURES[node.op].torch(operands, node.params)
+
+
+def by_columns(node: Expr, operands: Sequence[Tensor]) -> Tensor:
+    """An operation that moves components, without a list of places."""
+
+    def arithmetic(op: str, *columns: Any) -> Tensor:
+        return torch.zeros_like(operands[0][..., :1]) if op == "Const" else sum(columns)
+
+    columns = [list(t.split(1, -1)) for t in operands]
+    return torch.cat(STRUCTURES[node.op].lower(arithmetic, columns, node.params), -1)
 
 
 def on_pairs(t: Tensor, category: int) -> Tensor:
@@ -186,6 +217,18 @@ def run(
     return torch.cat([r.reshape(*batch, -1) for r in results], -1)
 
 
+def _tile(members: Sequence[Expr], batch: tuple[int, ...], n_columns: int, like: Tensor) -> tuple[int, int]:
+    """(columns, rows) of a tile."""
+    dims = [e.dim for e in walk(*members)]
+    members_of_batch = max(1, math.prod(batch))
+    if like.device.type == "cpu":
+        pairs = TILE // (max(dims, default=1) * members_of_batch)
+    else:
+        pairs = DEVICE_TILE // (sum(dims) * like.element_size() * members_of_batch)
+    columns = max(1, min(n_columns, 4096, pairs))
+    return columns, max(1, pairs // columns)
+
+
 def _reduce(
     p: Program,
     members: Sequence[Expr],
@@ -201,9 +244,7 @@ def _reduce(
     by_column = axis == OVER_I
     n_rows, n_columns = (n, m) if by_column else (m, n)
     row_category = J if by_column else I
-    widest = max([e.dim for e in walk(*members)], default=1) * max(1, math.prod(batch))
-    columns_per_tile = max(1, min(n_columns, 4096, TILE // widest))
-    rows_per_tile = max(1, TILE // (widest * columns_per_tile))
+    columns_per_tile, rows_per_tile = _tile(members, batch, n_columns, like)
     step = _STEPS[p.kind]
 
     def part(rows: slice, columns: slice | Tensor) -> list[Tensor]:

@@ -46,13 +46,16 @@ class Method(Protocol):
         """The sums."""
 
 
-class _Fourier:
+class Fourier:
+    """Two non-uniform FFTs."""
+
     name = "fourier"
 
     def __init__(self, one: FastSum) -> None:
         self.one, self.sizes = one, one.sizes_of_kernels()
 
     def fits(self) -> bool:
+        """Whether there is a series for these points."""
         return bool(torch.isfinite(self.sizes).all() and (self.sizes > 0).all()) and self.series() is not None
 
     def seconds(self) -> float:
@@ -64,12 +67,14 @@ class _Fourier:
         return transforms / 2 * work / torch.get_num_threads()
 
     def series(self) -> fourier.Series | None:
+        """The series of the kernels, each relative to its size; None if it is too long."""
         one = self.one
         target = 4.0 * one.tolerance
         make = lambda: fourier.series(lambda d: one.kernel(d) / self.sizes, one.points.fourier.edge, target)  # noqa: E731
         return one.points.made(("series", *one.identity(), target), make)
 
     def __call__(self) -> Apply | None:
+        """The sums."""
         s = self.series()
         if s is None:
             return None
@@ -131,7 +136,7 @@ def choose(one: FastSum, exact: Exact) -> Method:
     if seconds < FEW:
         raise Refused(f"{one.m} x {one.n} pairs are few")
     candidates: list[tuple[float, Callable[[], Method]]] = []
-    series = _Fourier(one)
+    series = Fourier(one)
     if series.fits():
         candidates.append((series.seconds(), lambda: series))
     dim = one.points.x.shape[1]
