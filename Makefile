@@ -41,7 +41,7 @@ bench-solvers: $(VENV)/.bench
 	$(BIN)/python benchmarks/wavelet.py
 
 bench-xray: $(VENV)/.bench
-	$(BIN)/python benchmarks/xray.py
+	$(BIN)/python benchmarks/xray.py $(if $(DEVICE),--device $(DEVICE))
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

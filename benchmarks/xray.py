@@ -1,6 +1,9 @@
 """X-ray transform, 512 x 512 pixels, 180 views, 725 detector pixels, float32: time and memory beside ASTRA's CPU code.
 
     python benchmarks/xray.py [--size 512] [--repeats 9] [--astra-path DIRECTORY]
+    python benchmarks/xray.py --device cuda [--size 2048] [--views 1800] [--clock 1.98] [--bandwidth 4.8]
+
+On a GPU: times by events beside the limit of the processor, which is counted (see `limits`); no ASTRA.
 
 Every repeat runs each candidate once, in turn, so that a disturbance of the machine meets all. CPU ms is the process's
 CPU time (all threads), the comparable number on a shared machine. ASTRA's CPU projector uses one thread.
@@ -117,18 +120,96 @@ def measure(
     return times
 
 
+def limits(n: int, angles: np.ndarray, n_k: int, batch: int, clock: float, bandwidth: float) -> dict[str, list[float]]:
+    """Seconds that a pass takes at least: (arithmetic, loads from the level-1 cache, memory) for both directions.
+
+    Samples: a ray of angle theta has n columns to cross in each of n rows and steps 1/p columns a ray, p = max(|cos|,
+    |sin|), so n^2 p of them meet the image. Instructions of 32 lanes, four a clock of a multiprocessor:
+
+    forward, a sample: position, weight (1 each), interpolation (2), sum (1); two numbers are loaded.
+    adjoint, a pixel and view: position, first ray, distance to it (3), then for two rays distance, 1 - |t|, maximum
+    with 0, product with the sum (4 each); two numbers are loaded.
+
+    A multiprocessor loads 128 bytes a clock. The memory moves the image and the sinogram once. Neither texture units
+    nor tensor cores are counted on.
+    """
+    n_sm = torch.cuda.get_device_properties(0).multi_processor_count
+    samples = batch * n * n * float(np.maximum(np.abs(np.cos(angles)), np.abs(np.sin(angles))).sum())
+    pixels = batch * n * n * len(angles)
+    memory = 4 * batch * (n * n + len(angles) * n_k) / (bandwidth * 1e12)
+    per_second = n_sm * clock * 1e9
+    return {
+        "forward": [5 * samples / (128 * per_second), 8 * samples / (128 * per_second), memory],
+        "adjoint": [11 * pixels / (128 * per_second), 8 * pixels / (128 * per_second), memory],
+    }
+
+
+def on_gpu(n: int, angles: np.ndarray, n_k: int, repeats: int, clock: float, bandwidth: float) -> None:
+    """Both directions in float32, and all gradients, beside their limits; the dot test."""
+    print(f"{torch.cuda.get_device_name()}, limits at {clock} GHz and {bandwidth} TB/s; ms, median of {repeats}\n")
+    header = f"{'batch':>5} {'what':24} {'ms':>9} {'of limit':>9} {'arithmetic':>11} {'cache':>8} {'memory':>8}"
+    header += f" {'extra MB':>9}"
+    print(f"{header}\n{'-' * len(header)}")
+    A = XRayTransform((n, n), torch.as_tensor(angles, device="cuda"), n_k)
+    theta = torch.as_tensor(angles, device="cuda").requires_grad_()
+    B = XRayTransform((n, n), theta, n_k)
+    for batch in (1, 8):
+        x = torch.randn(batch, n, n, device="cuda", requires_grad=True)
+        image, y = x.detach(), torch.randn(batch, *A.dimsd, device="cuda")
+        candidates: dict[str, Callable[[], Any]] = {
+            "forward": lambda image=image: A(image),
+            "adjoint": lambda y=y: A.H(y),
+            "forward + all gradients": lambda x=x: torch.autograd.grad(B(x).square().sum(), (x, theta)),
+        }
+        bounds = limits(n, angles, n_k, batch, clock, bandwidth)
+        for name, run in candidates.items():
+            run()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            times = []
+            for _ in range(repeats):
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                stop.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(stop))
+            extra = (torch.cuda.max_memory_allocated() - before) / 1e6
+            line = f"{batch:5} {name:24} {statistics.median(times):9.3f}"
+            if name in bounds:
+                least = [1e3 * t for t in bounds[name]]
+                line += (
+                    f" {max(least) / statistics.median(times):9.1%} {least[0]:11.3f} {least[1]:8.3f} {least[2]:8.3f}"
+                )
+            else:
+                line += " " * 40
+            print(f"{line} {extra:9.0f}")
+        Ax, Ay = A(image).double(), A.H(y).double()
+        error = abs(float((Ax * y).sum() - (Ay * image).sum())) / float(Ax.norm() * y.double().norm())
+        print(f"{batch:5} dot test {error:.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--views", type=int, default=180)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", type=int, help="512, on a GPU 2048")
+    parser.add_argument("--views", type=int, help="180, on a GPU 1800")
+    parser.add_argument("--clock", type=float, default=1.98, help="of the GPU's multiprocessors [GHz]")
+    parser.add_argument("--bandwidth", type=float, default=4.8, help="of the GPU's memory [TB/s]")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--astra-path", help="site-packages directory of another environment that holds astra-toolbox")
     args = parser.parse_args()
+    cuda = args.device == "cuda"
+    args.size, args.views = args.size or (2048 if cuda else 512), args.views or (1800 if cuda else 180)
     if args.astra_path:
         sys.path.append(args.astra_path)
     n, n_k = args.size, math.ceil(args.size * math.sqrt(2))
     angles = np.linspace(0, math.pi, args.views, endpoint=False)
     print(f"{n} x {n} pixels, {args.views} views, {n_k} detector pixels, float32; {args.repeats} alternating repeats")
+    if cuda:
+        on_gpu(n, angles, n_k, args.repeats, args.clock, args.bandwidth)
+        return
     print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}\n")
 
     torch.manual_seed(0)

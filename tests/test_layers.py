@@ -17,6 +17,7 @@ HEAVY = {
     "numba",
     "triton",
     "finufft",
+    "cufinufft",
     "matplotlib",
     "pygraphviz",
     "h5py",

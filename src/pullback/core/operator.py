@@ -219,10 +219,13 @@ class Operator(torch.nn.Module):
             return tensor
         return self._cached(("cast", dtype), tensor, lambda t: t.to(dtype))
 
-    def _cached(self, key: Any, tensors: Tensor | Sequence[Tensor], function: Callable[..., Any]) -> Any:
+    def _cached(
+        self, key: Any, tensors: Tensor | Sequence[Tensor], function: Callable[..., Any], *, on_host: bool = False
+    ) -> Any:
         """function(*tensors), kept until one of the tensors is replaced or changed in place.
 
-        Never kept where it may be differentiated, traced or made of tensors that do not tell when they are changed.
+        Never kept where it may be differentiated, traced or made of tensors that do not tell when they are changed. On
+        a GPU kept for each stream, unless the result lies `on_host`.
         """
         held = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
         if (
@@ -231,8 +234,11 @@ class Operator(torch.nn.Module):
             or any(not autograd.is_eager(t) or autograd.is_live(t) or t.is_inference() for t in held)
         ):
             return function(*held)
+        stream = 0 if on_host else _stream(held)
+        if stream is None:
+            return function(*held)
         cache = self.__dict__.setdefault("_cache", {})
-        key = (key, *map(id, held))
+        key = (key, stream, *map(id, held))
         entry = cache.get(key)
         if entry is not None and all(a is b and v == b._version for a, v, b in zip(*entry[:2], held, strict=True)):
             return entry[2]
@@ -516,7 +522,8 @@ class LinearOperator(Operator):
         """
         tensors = (*self.parameters(), *self.buffers())
         with torch.no_grad():
-            return self._cached(("norm bound", maxiter), tensors, lambda *_: spectrum.norm_bound(self, maxiter))
+            function = lambda *_: spectrum.norm_bound(self, maxiter)  # noqa: E731
+            return self._cached(("norm bound", maxiter), tensors, function, on_host=True)
 
     def eigs(self, neigs: int | None = None, symmetric: bool = False, **kwargs: Any) -> np.ndarray:
         """Eigenvalues by decreasing magnitude; of a rectangular operator its singular values. See `spectrum.eigs`."""
@@ -569,6 +576,16 @@ def _unshared(y: Tensor, x: Tensor) -> Tensor:
     if autograd.is_eager(y) and y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
         return y
     return y.clone(memory_format=torch.contiguous_format)
+
+
+def _stream(tensors: Sequence[Tensor]) -> int | None:
+    """The stream on which something computed now will be ready; None while a CUDA graph is recorded, which computes
+    nothing. Another stream would not wait for it.
+    """
+    device = next((t.device for t in tensors if t.is_cuda), None)
+    if device is None:
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def _show(dims: tuple[int, ...]) -> str:

@@ -9,8 +9,9 @@ transposed image. The matrix is never stored. The adjoint spreads with the same 
 operations, so it is the exact transpose. The derivative in slope or offset replaces the interpolation by its slope and
 multiplies by i - (n_i - 1)/2 or 1: again an operator of this class, which is how gradients in the geometry arise.
 
-The loops run in numba, compiled at first use. Threads share no output: the forward divides the views, the adjoint the
-rows. They are ordinary threads that release the GIL, because numba's own pool aborts when two threads enter it.
+On the CPU the loops run in numba, compiled at first use; on a GPU see `_joseph_triton.py`. Threads share no output: the
+forward divides the views, the adjoint the rows. They are ordinary threads that release the GIL, because numba's own
+pool aborts when two threads enter it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import pullback.imaging._joseph_triton as gpu
 from pullback.core.operator import LinearOperator
 
 _LANES = 32  # images of a batch that one pass treats together; a constant lets LLVM make vector code without a rest
@@ -214,6 +216,7 @@ class _JosephSampler(LinearOperator):
             (not checked: the first and the last value are used); derivatives in it hold for any direction.
         swap: whether the view runs over the transposed image, bool (n_views, 1).
         dims: (n_y, n_x) of the image.
+        least_step: a bound from below of |columns per ray|, which tells a GPU how many rays can meet a pixel.
         order, row_power: m, p above.
 
     Cost: n_views * n_k * n_rows interpolations; memory: one padded copy of the image.
@@ -223,46 +226,68 @@ class _JosephSampler(LinearOperator):
     _bridge_live: ClassVar[bool] = True
 
     def __init__(
-        self, slope: Tensor, offset: Tensor, swap: Tensor, *, dims: tuple[int, ...], order: int = 0, row_power: int = 0
+        self,
+        slope: Tensor,
+        offset: Tensor,
+        swap: Tensor,
+        *,
+        dims: tuple[int, ...],
+        least_step: float,
+        order: int = 0,
+        row_power: int = 0,
     ) -> None:
         super().__init__(dims, tuple(offset.shape))
         self.slope, self.offset, self.swap = slope, offset, swap
-        self._order, self._row_power = order, row_power
+        self._least_step, self._order, self._row_power = least_step, order, row_power
 
     def _range_derivative(self, i: int) -> LinearOperator | None:
         if self._order or i > 1:  # piecewise linear: the second derivative is zero between the kinks
             return None
-        return _JosephSampler(*self._held(), dims=self.dims, order=1, row_power=int(i == 0))
+        return _JosephSampler(
+            *self._held(), dims=self.dims, least_step=self._least_step, order=1, row_power=int(i == 0)
+        )
 
     def _expression(self, level: int = 0) -> str:
         return f"XRayTransform({self.extra_repr()})"
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._apply_real(x, self._project, self.dimsd)
+        return self._apply_real(x, False)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        return self._apply_real(y, self._spread, self.dims)
+        return self._apply_real(y, True)
 
-    def _apply_real(self, x: Tensor, function: Callable[..., Any], dims: tuple[int, ...]) -> Tensor:
-        """The function on x as a contiguous NumPy batch of real images; a complex image counts as two real ones."""
+    def _apply_real(self, x: Tensor, adjoint: bool) -> Tensor:
+        """A x or A^H x by way of a contiguous batch of real images; a complex image counts as two real ones."""
         batch = x.shape[: x.ndim - 2]
-        values = x.detach().resolve_conj().resolve_neg().cpu()
+        values = x.detach().resolve_conj().resolve_neg()
         if x.is_complex():
             values = torch.view_as_real(values.contiguous()).movedim(-1, 0)
-        flat = values.reshape(-1, *values.shape[-2:]).contiguous().numpy()
-        out = np.empty((flat.shape[0], *dims), flat.dtype)
+        values = values.reshape(-1, *values.shape[-2:]).contiguous()
+        y = self._on_cpu(values, adjoint) if x.device.type == "cpu" else self._on_gpu(values, adjoint)
+        dims = y.shape[1:]
+        return torch.complex(*y.reshape(2, *batch, *dims)) if x.is_complex() else y.reshape(*batch, *dims)
+
+    def _on_gpu(self, values: Tensor, adjoint: bool) -> Tensor:
+        gpu.require(values.device)
+        n_k = self.dimsd[1]
+        slope, offset, swap = self._held()
+        rays = gpu.geometry(slope, offset, swap, self.dims, n_k)
+        options = gpu.options(values.dtype, self.dims, n_k, self._least_step, self._order, self._row_power)
+        return (gpu.spread if adjoint else gpu.project)(values, rays, options, self.dims, self.dimsd)
+
+    def _on_cpu(self, values: Tensor, adjoint: bool) -> Tensor:
+        source = values.numpy()
+        out = np.empty((len(source), *(self.dims if adjoint else self.dimsd)), source.dtype)
         rays, swap = self._rays()
         if not np.isfinite(rays).all() or (rays[:, 2] == 0).any():
             out.fill(np.nan)
         else:
-            function(flat, rays, swap, out)
-        y = torch.from_numpy(out)
-        y = torch.complex(*y.reshape(2, *batch, *dims)) if x.is_complex() else y.reshape(*batch, *dims)
-        return y.to(x.device)
+            (self._spread if adjoint else self._project)(source, rays, swap, out)
+        return torch.from_numpy(out)
 
     def _rays(self) -> tuple[np.ndarray, np.ndarray]:
         """(slope, u of ray 0 in row 0 in padded columns, step) of every view, and swap."""
-        slope, offset, swap = (t.detach().cpu() for t in self._held())
+        slope, offset, swap = (t.detach() for t in self._held())
         slope, first, last, swap = slope[:, 0].double(), offset[:, 0].double(), offset[:, -1].double(), swap[:, 0]
         n_y, n_x = self.dims
         n_k = self.dimsd[1]

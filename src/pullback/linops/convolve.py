@@ -205,12 +205,14 @@ class _Convolution(LinearOperator):
         lead = x.shape[: x.ndim + first]  # batch, and the axes before the first that is convolved
         x = x.reshape(-1, *dims[first:])
         y = torch.zeros((x.shape[0], *dims_out[first:]), dtype=x.dtype, device=x.device)
-        taps = self._derived("taps", x, lambda h: self._compact(h).flatten().cpu()).tolist()
+        blocked = x.device.type == "cpu"
+        taps = self._derived("taps", x, lambda h: self._compact(h).flatten())
+        weights = taps.tolist() if blocked else taps.unbind()  # elsewhere the host must not wait for the numbers
         sign = -1 if adjoint else 1
         grids = [[sign * (o - k) for k in range(m)] for _, m, o in self._crops]  # y[i] += h[k] x[i + shift]
         others = [(a - first, dims[a], dims_out[a]) for a in self._axes[1:]]
         plan = []
-        for flat, weight in enumerate(taps):
+        for flat, weight in enumerate(weights):
             rest, shifts = flat, []
             for grid in reversed(grids):
                 shifts.append(grid[rest % len(grid)])
@@ -225,7 +227,6 @@ class _Convolution(LinearOperator):
                 plan.append((shifts[-1], weight, source, target))
         n_in, n_out = x.shape[1], y.shape[1]
         inner = max(1, y[0, 0].numel()) if y.numel() else 1
-        blocked = x.device.type == "cpu"
         rows = min(n_out, max(1, _BLOCK // inner)) if blocked else n_out
         images = max(1, _BLOCK // (n_out * inner)) if blocked else x.shape[0]
         for i in range(0, x.shape[0], images):
@@ -236,7 +237,8 @@ class _Convolution(LinearOperator):
                     start, stop = max(a, -shift), min(b, n_in - shift)
                     if start < stop:
                         source[0], target[0] = slice(start + shift, stop + shift), slice(start, stop)
-                        yi[(slice(None), *target)].add_(xi[(slice(None), *source)], alpha=weight)
+                        into, read = yi[(slice(None), *target)], xi[(slice(None), *source)]
+                        into.add_(read, alpha=weight) if blocked else into.addcmul_(read, weight)
         return y.reshape(*lead, *dims_out[first:])
 
     def _by_tiles(self, x: Tensor, adjoint: bool, tile: tuple[int, int]) -> Tensor:

@@ -155,10 +155,14 @@ def _dense_rows(x: Tensor, A: Tensor, adjoint: bool) -> Tensor:
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, m: int, n: int) -> Tensor:
+    # Not by way of a COO tensor: its coalesce() would make the host wait for a GPU. No index occurs twice.
+    order = torch.argsort(rows * n + columns)
+    starts = torch.searchsorted(rows[order], torch.arange(m + 1, device=rows.device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR layout beta
-        coo = torch.sparse_coo_tensor(torch.stack((rows, columns)), values.resolve_conj(), (m, n))
-        return coo.coalesce().to_sparse_csr()
+        return torch.sparse_csr_tensor(
+            starts, columns[order], values.resolve_conj()[order], (m, n), check_invariants=False
+        )
 
 
 def _sparse_parts(A: Any) -> tuple[Tensor, Tensor, Tensor] | None:

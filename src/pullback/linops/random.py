@@ -86,7 +86,7 @@ def _keys(seed: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         state = (state + 0x9E3779B97F4A7C15) & (2**64 - 1)
         z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
-        words.append(torch.tensor([_wrap((z ^ (z >> 31)) >> 16)], dtype=torch.int32, device=rows.device))
+        words.append(torch.full((1,), _wrap((z ^ (z >> 31)) >> 16), dtype=torch.int32, device=rows.device))
     return _bits((words[0], words[1]), rows)[0], _bits((words[2], words[3]), rows)[0]
 
 

@@ -65,7 +65,7 @@ class _Wavelet(LinearOperator):
         layout = self.layout
         if not layout.level:
             return x.clone(memory_format=torch.contiguous_format)
-        if self._is_live():
+        if self._by_torch(x):
             return self._down_live(x, adjoint)
         return _join(self._down_real(_part(x), adjoint), x)
 
@@ -87,7 +87,7 @@ class _Wavelet(LinearOperator):
         """From the packed bands to the signal: synthesis, or the adjoint of analysis."""
         if not self.layout.level:
             return y.clone(memory_format=torch.contiguous_format)
-        if self._is_live():
+        if self._by_torch(y):
             return self._up_live(y, adjoint)
         return _join(self._up_real(_part(y), adjoint), y)
 
@@ -113,7 +113,11 @@ class _Wavelet(LinearOperator):
         order = sorted(range(len(self.axes)), key=lambda i: self.axes[i])
         return order, [self.axes[i] for i in order]
 
-    # Where the filters are differentiated ---------------------------------------------------------------------------
+    # Where the filters are differentiated, or their numbers lie on a GPU ---------------------------------------------
+
+    def _by_torch(self, x: Tensor) -> bool:
+        """Whether the filters must stay tensors; elsewhere than on the CPU the host must not wait for their numbers."""
+        return self._is_live() or (x.device.type != "cpu" and bool(self._held()))
 
     def _filters(self, x: Tensor) -> Tensor:
         """The pair of shape (2, n_taps) in the precision of x."""
