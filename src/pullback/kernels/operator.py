@@ -23,7 +23,7 @@ from pullback.kernels.lazy_base import Domain, LazyBase, Leaf, make
 from pullback.kernels.lazy_data import from_pairs, to_pairs
 from pullback.kernels.lazy_expr import renumber
 from pullback.kernels.plan.ranges import Ranges, as_ranges
-from pullback.kernels.task import task
+from pullback.kernels.task import task, tolerance_of
 
 _WIDE = 64  # real columns that one pass takes: code is unrolled over them
 
@@ -142,6 +142,8 @@ class KernelOperator(LinearOperator):
 
     The tensors of K are held as x0, x1 ..., and gradients of every order reach them. Leading axes of the input become
     columns of one product, so a batch costs one evaluation of the kernel for 64 members. `K.ranges` is kept.
+    `K.with_tolerance(...)` makes products, adjoints and derivatives that keep that relative l2 error; the members of a
+    batch are scaled to one size for it, so that a small one keeps it too.
     Raises: ShapeError, ArgumentError. Cost: M N evaluations of the formula.
     """
 
@@ -179,7 +181,7 @@ class KernelOperator(LinearOperator):
         dims, dimsd = (self.dimsd, self.dims) if adjoint else (self.dims, self.dimsd)
         if x.is_complex() and form.mode != "complex":
             x = x.resolve_conj()
-            return torch.complex(self._product(x.real, adjoint), self._product(x.imag, adjoint))
+            return torch.complex(*self._product(torch.stack([x.real, x.imag]), adjoint).unbind(0))
         x = x.resolve_neg()
         n = len(dims)
         batch = x.shape[: x.ndim - n]
@@ -187,6 +189,8 @@ class KernelOperator(LinearOperator):
             x = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
         args = [self._cast(getattr(self, f"x{p}"), x) for p in range(len(form.signature))]
         columns = x.reshape(-1, *dims)
+        scale = self._sizes(columns)
+        columns = columns if scale is None else columns / scale
         if form.mode == "linear":
             columns = columns.movedim(0, -2).flatten(-2)
         else:
@@ -197,14 +201,23 @@ class KernelOperator(LinearOperator):
             y = y.unflatten(-1, (-1, dimsd[-1])).movedim(-2, 0)
         else:
             y = (from_pairs(y) if form.mode == "complex" else y).movedim(-1, 0)
+        y = y if scale is None else y * scale.reshape(-1, *(1,) * (y.ndim - 1))
         return y.reshape(*batch, *dimsd)
+
+    def _sizes(self, columns: Tensor) -> Tensor | None:
+        """Constants to divide columns by, where their sums share a tolerance."""
+        if tolerance_of(self.backend) is None or columns.shape[0] < 2:
+            return None
+        size = columns.detach().abs().square().sum(tuple(range(1, columns.ndim)), keepdim=True).sqrt()
+        return torch.where((size > 0) & (size < float("inf")), size, 1.0)
 
     def _out_dtype(self, dtype: torch.dtype, adjoint: bool) -> torch.dtype:
         return complex_of(dtype) if self.form.mode == "complex" else dtype
 
     def extra_repr(self) -> str:
         """What stands in the brackets of repr."""
-        return f"{super().extra_repr()}"
+        tolerance = tolerance_of(self.backend)
+        return super().extra_repr() + (f", tolerance={tolerance:g}" if tolerance is not None else "")
 
     @classmethod
     def examples(cls) -> Iterator[LinearOperator]:

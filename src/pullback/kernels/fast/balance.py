@@ -42,9 +42,14 @@ def estimate(m: int, n: int, dim: int, tolerance: float, rate: float, width: int
     near = min(1.0, 3**dim / 2 ** (dim * depth)) * pairs / rate
     groups = (3**dim - 1) * sum(2 ** (dim * k) for k in range(1, depth))
     far = (m + n) * (POINT + COEFFICIENT * order**dim) + groups * (2**dim * rank) ** 2 * PRODUCT
-    once = (m + n) * PLACED + max(0, depth - 1) * (7**dim - 3**dim) * order ** (2 * dim) * ENTRY
+    once = (m + n) * PLACED / threads() + preparation(order, dim, max(0, depth - 1))
     again = near * width + (far * width if depth > 1 else 0.0) / threads()
-    return again + once / threads(), again
+    return again + once, again
+
+
+def preparation(order: int, dim: int, n: int) -> float:
+    """Seconds to make the matrices between cells, for `n` pairs of a level and a kernel."""
+    return n * (7**dim - 3**dim) * order ** (2 * dim) * ENTRY / threads()
 
 
 def _digits(tolerance: float) -> float:

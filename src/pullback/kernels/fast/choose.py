@@ -14,7 +14,7 @@ import pullback.kernels.fast.fourier as fourier
 from pullback.core.errors import ArgumentError
 from pullback.kernels.fast.analyse import Refused
 from pullback.kernels.fast.balance import estimate, leaf_for
-from pullback.kernels.fast.far import FarField
+from pullback.kernels.fast.far import FarField, TooLong
 from pullback.kernels.fast.sum import ONE, Apply, Exact, FastSum
 from pullback.kernels.fast.tree import TreePlan
 from pullback.kernels.ir.expr import Expr, I, J, walk
@@ -38,12 +38,36 @@ def rate(program: Program) -> float:
 
 
 class Method(Protocol):
-    """A way to sum; None if it cannot."""
+    """A way to sum."""
 
     name: str
 
-    def __call__(self) -> Apply | None:
-        """The sums."""
+    def __call__(self) -> Apply:
+        """The sums. Raises: Refused if it cannot."""
+
+
+class Patience:
+    """How long preparing another way may take: as long as exact sums over the same points took, this one included.
+
+    So one sum is not delayed by a plan that only many would pay for, and many cost at most twice what they must (the
+    rule of whoever rents skis until a pair would have been cheaper).
+    """
+
+    def __init__(self, one: FastSum, seconds: float) -> None:
+        self.known: dict[str, float] = one.points.made(("patience", one.form.program), dict)
+        self.exact = seconds
+        self.seconds = self.known.get("spent", 0.0) + seconds
+
+    @property
+    def asked(self) -> float:
+        """Seconds of preparation that were found to be more than the patience before."""
+        return self.known.get("asked", 0.0)
+
+    def over(self, reason: str, asked: float = 0.0) -> Refused:
+        """What to raise where the exact sum is taken."""
+        self.known["spent"] = self.seconds
+        self.known["asked"] = max(self.asked, asked)
+        return Refused(reason)
 
 
 class Fourier:
@@ -73,11 +97,11 @@ class Fourier:
         make = lambda: fourier.series(lambda d: one.kernel(d) / self.sizes, one.points.fourier.edge, target)  # noqa: E731
         return one.points.made(("series", *one.identity(), target), make)
 
-    def __call__(self) -> Apply | None:
+    def __call__(self) -> Apply:
         """The sums."""
         s = self.series()
         if s is None:
-            return None
+            raise Refused("there is no short Fourier series")
         accuracy = 2.0 * self.one.tolerance
         how = fourier.Precision(accuracy, accuracy < 1e-5 or self.one.careful)
         scaled = fourier.Series(s.period, s.coefficients * self.sizes.view(-1, *(1,) * len(s.modes)))
@@ -91,22 +115,25 @@ class Fourier:
 class _Tree:
     name = "tree"
 
-    def __init__(self, one: FastSum, exact: Exact) -> None:
-        self.one, self.exact = one, exact
+    def __init__(self, one: FastSum, exact: Exact, patience: Patience) -> None:
+        self.one, self.exact, self.patience = one, exact, patience
         if one.has_plain and ONE not in one.kernels:
             one.kernels.append(ONE)
 
-    def __call__(self) -> Apply | None:
-        one = self.one
+    def __call__(self) -> Apply:
+        one, patience = self.one, self.patience
         leaf = leaf_for(one.tolerance, one.points.x.shape[1])
         plan: TreePlan = one.points.made(("tree", leaf), lambda: TreePlan(one.points.x, one.points.y, leaf))
         tolerance = 0.6 * one.tolerance
+        limit = patience.seconds if FEW > 0 else math.inf
         try:
             far: FarField = one.points.made(
-                ("far", leaf, *one.identity(), tolerance), lambda: FarField(plan, one.kernel, tolerance)
+                ("far", leaf, *one.identity(), tolerance), lambda: FarField(plan, one.kernel, tolerance, limit=limit)
             )
-        except ArgumentError:
-            return None
+        except TooLong as reason:
+            raise patience.over(str(reason), reason.seconds) from None
+        except ArgumentError as reason:
+            raise Refused(str(reason)) from None
 
         def sums(weights: Tensor, channels: Any, over_i: bool) -> Tensor:
             return far.apply(weights, channels=channels, over_i=over_i)
@@ -125,24 +152,29 @@ class _Tree:
         return Apply(sums, f"order {far.order}, {100 * share:.2g} % of the pairs near", near)
 
 
-def choose(one: FastSum, exact: Exact) -> Method:
-    """The cheapest method that fits.
+def choose(one: FastSum, exact: Exact) -> tuple[str, Apply]:
+    """Name and sums of the cheapest method that fits.
 
     Raises: Refused if that is the exact sum.
     """
     program = one.form.program
     speed = rate(program)
     seconds = one.m * one.n / speed * len(program.exprs)
-    if seconds < FEW:
-        raise Refused(f"{one.m} x {one.n} pairs are few")
+    patience = Patience(one, seconds)
+    if patience.seconds < FEW:
+        raise patience.over(f"{one.m} x {one.n} pairs are few")
     candidates: list[tuple[float, Callable[[], Method]]] = []
     series = Fourier(one)
     if series.fits():
         candidates.append((series.seconds(), lambda: series))
     dim = one.points.x.shape[1]
-    width = max(1, one.n_channels)
-    candidates.append((estimate(one.m, one.n, dim, one.tolerance, speed, width)[1], lambda: _Tree(one, exact)))
-    cost, method = min(candidates, key=lambda c: c[0])
-    if cost > 0.7 * seconds and FEW > 0:
-        raise Refused(f"the exact sum is as cheap: {seconds:.2g} s beside {cost:.2g} s")
-    return method()
+    first, again = estimate(one.m, one.n, dim, one.tolerance, speed, max(1, one.n_channels))
+    prepared = max(first - again, patience.asked) <= patience.seconds
+    if prepared or FEW <= 0:
+        candidates.append((again, lambda: _Tree(one, exact, patience)))
+    cost, method = min(candidates, key=lambda c: c[0], default=(math.inf, None))
+    if method is None or (cost > 0.7 * seconds and FEW > 0):
+        beside = f"{cost:.2g} s" if method else f"{max(first - again, patience.asked):.2g} s to prepare a tree"
+        raise patience.over(f"the exact sum is as cheap: {seconds:.2g} s beside {beside}")
+    found = method()
+    return found.name, found()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pullback.core.errors import ArgumentError, ShapeError
+from pullback.kernels.fast.balance import preparation
 from pullback.kernels.fast.interpolation import Expansions, coefficients, nodes, polynomials
 from pullback.kernels.fast.translations import Kernel, Translation, checked, choices, offsets, translations
 from pullback.kernels.fast.tree import TreePlan
@@ -23,6 +25,14 @@ _GATHERED = 1 << 21  # numbers of expansions that are gathered at once
 _HELD = 1 << 28  # bytes of expansions that are held at once
 
 
+class TooLong(ArgumentError):
+    """Preparing the sum would take `seconds`."""
+
+    def __init__(self, order: int, seconds: float) -> None:
+        super().__init__(f"preparing a tree of order {order} would take {seconds:.2g} s")
+        self.seconds = seconds
+
+
 class FarField:
     """sum over the far pairs of kernel c of x_i - y_j times weight r of y_j, or over i.
 
@@ -31,16 +41,24 @@ class FarField:
         kernel: differences (..., D), float64, to values (..., c); smooth away from 0.
         tolerance: wanted error, relative to the sum of |K| over all pairs.
         order: p, Chebyshev points in each axis; None: the lowest that promises the tolerance.
+        limit: seconds that the matrices between cells may take to make, roughly.
 
     Attributes:
         order: p.
         error: estimate of the error, relative to the sum of |K| over all pairs.
         growth: the factor by which rounding errors of the dtype of the weights grow, at most.
 
-    Raises: ArgumentError if no order promises the tolerance, or if the kernel is not finite away from 0.
+    Raises: ArgumentError if no order promises the tolerance, or if the kernel is not finite away from 0; TooLong.
     """
 
-    def __init__(self, plan: TreePlan, kernel: Kernel, tolerance: float, order: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: TreePlan,
+        kernel: Kernel,
+        tolerance: float,
+        order: int | None = None,
+        limit: float = math.inf,
+    ) -> None:
         self.plan, self.kernel, self.tolerance = plan, kernel, tolerance
         self._levels = [k for k, n in enumerate(plan.far_pairs) if n]
         self._spread = {k: plan.spread(k) for k in self._levels}
@@ -48,7 +66,7 @@ class FarField:
         total = sum(self._sums, start=self._near())
         self._total = torch.where(total > 0, total, 1.0)
         self.n_kernels = len(total)
-        self.order, self.error = (order, self._promise(order)) if order else self._chosen()
+        self.order, self.error = (order, self._promise(order)) if order else self._chosen(limit)
         self._known: dict[tuple[bool, torch.dtype], dict[int, list[Translation]]] = {}
 
     # The order -------------------------------------------------------------------------------------------------------
@@ -108,8 +126,11 @@ class FarField:
             found = (found[:, :, None] * (polynomials(column, order).T @ coefficients(order))[:, None]).flatten(1)
         return found
 
-    def _chosen(self) -> tuple[int, float]:
+    def _chosen(self, limit: float) -> tuple[int, float]:
         for order in ORDERS[self.plan.dim]:
+            seconds = preparation(order, self.plan.dim, len(self._levels) * self.n_kernels)
+            if seconds > limit:
+                raise TooLong(order, seconds)
             error = self._promise(order)
             if error <= _AVERAGED[self.plan.dim] * self.tolerance:
                 return order, error

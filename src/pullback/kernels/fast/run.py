@@ -28,6 +28,7 @@ from pullback.kernels.ir.reductions import Program
 CHECKED = 0.08  # share of the time that the check may take
 _SURE = 0.7  # of the tolerance, that the error on sampled rows may reach
 _SHARPER = 0.06  # part of the tolerance that the second attempt aims at, less after a wide miss
+_CANCELLED = 0.5  # of the size of sums with random signs, below which a result was cancelled
 _LOST = 1e-5  # the same for sums behind a logarithm, which may be much smaller than their mean
 
 
@@ -105,7 +106,8 @@ def _member(
         points = FastSum(form, tensors, m, n, tolerance).points
         learned: dict[str, float] = points.made(("learned", program, tolerance), dict)
         sharper = learned.get("sharper", 1.0)  # than the tolerance: what the same points needed before
-        for _ in range(2):
+        tries, cancelled = 2, False
+        while tries:
             try:
                 inner = max(sharper * tolerance, 1e-14)
                 if program.kind in SHIFTED:
@@ -113,24 +115,27 @@ def _member(
                 else:
                     total, arguments, finish = program, list(tensors), None
                 one = FastSum(analyse(total), arguments, m, n, inner, sharper < 1)
-                method = choose(one, exact)
-                apply = method()
-                if apply is None:
-                    break
-                results = one.run(apply)
+                method, apply = choose(one, exact)
+                results = one.run(apply, beside)
+                if finish is None and not cancelled and 0 < one.uncancelled < min(_CANCELLED, sharper):
+                    # errors of terms that cancel do not, and gather in rows that a sample may not see
+                    cancelled, sharper = True, 2.0 ** math.floor(math.log2(one.uncancelled))
+                    continue
                 if finish is not None:
                     results = [finish(results[0][1])]
             except Lost as lost:
                 reason = str(lost)
                 sharper *= _LOST
+                tries -= 1
                 continue
             spent = time.perf_counter() - start
             rows = int(min(64, max(4, CHECKED * spent * rate(program) / max(m, n) / len(program.exprs))))
             miss = error(program, tensors, results, rows, exact, beside)
             if miss <= _SURE * tolerance:
                 learned["sharper"] = sharper
-                _tell(Info(method.name, tolerance, miss, rows, apply.detail, time.perf_counter() - start))
+                _tell(Info(method, tolerance, miss, rows, apply.detail, time.perf_counter() - start))
                 return _assembled(results, tensors[0].dtype)
+            tries -= 1
             # to powers of two, so that what was prepared serves again
             sharper *= 2.0 ** math.floor(math.log2(_SHARPER * max(1e-9, min(1.0, tolerance / miss))))
     except Refused as refused:

@@ -90,6 +90,9 @@ class FastSum:
 
     def sizes_of_kernels(self) -> Tensor:
         """The mean of |K| over sampled pairs, for each kernel; 1 for those that vanish, as differences of equals do."""
+        return self.points.made(("sizes", *self.identity()), self._sizes_of_kernels)
+
+    def _sizes_of_kernels(self) -> Tensor:
         x, y = self.points.x, self.points.y
         generator = torch.Generator().manual_seed(1)
         i, j = (torch.randint(0, t.shape[0], (_SAMPLES,), generator=generator) for t in (x, y))
@@ -108,14 +111,21 @@ class FastSum:
 
     # The sums --------------------------------------------------------------------------------------------------------
 
-    def run(self, apply: Apply) -> list[Result]:
-        """For each expression of the program its rows, and the result (rows added up where the sum is over both)."""
-        results = []
+    def run(self, apply: Apply, beside: float = 0.0) -> list[Result]:
+        """For each expression of the program its rows, and the result (rows added up where the sum is over both).
+
+        Afterwards `uncancelled` is the least size of a result, or of `beside` that it is added to, relative to that of
+        a sum whose terms have random signs.
+        """
+        results, self.uncancelled = [], math.inf
         for e, parts, axis in zip(self.form.program.exprs, self.form.components, self.form.program.axes, strict=True):
-            rows = self._far(parts, axis, apply)
+            rows, size = self._far(parts, axis, apply)
             if apply.near is not None:
                 rows = rows + apply.near(e, OVER_J if axis == OVER_BOTH else axis)
-            results.append((rows, rows.sum(0) if axis == OVER_BOTH else rows))
+            total = rows.sum(0) if axis == OVER_BOTH else rows
+            results.append((rows, total))
+            if size > 0:
+                self.uncancelled = min(self.uncancelled, math.hypot(float(total.norm()), beside) / size)
         return results
 
     @property
@@ -123,7 +133,8 @@ class FastSum:
         """Columns that the sums over kernels have, over all expressions."""
         return sum(len({t.a for t in terms}) for parts in self.form.components for terms in parts)
 
-    def _far(self, parts: Sequence[Sequence[Term]], axis: int, apply: Apply) -> Tensor:
+    def _far(self, parts: Sequence[Sequence[Term]], axis: int, apply: Apply) -> tuple[Tensor, float]:
+        """The rows, and the l2 norm that they would have if the signs of all terms were random."""
         over_i = axis == OVER_I
         near, far = ("b", "a") if over_i else ("a", "b")  # factor of the rows that are kept, of those that are summed
         kept, summed = (J, I) if over_i else (I, J)
@@ -149,6 +160,10 @@ class FastSum:
         if not bool(torch.isfinite(full).all()) or not all(bool(torch.isfinite(f).all()) for f in scale.values()):
             raise Refused("a factor of i or of j is not finite")
         out = torch.zeros(rows, len(parts), dtype=torch.float64)
+        lengths, sizes, square = full.norm(dim=0).tolist(), self.sizes_of_kernels().tolist(), 0.0
+        for (_, factor), pairs in channels.items():
+            length = rows**0.5 if factor is None else float(scale[factor].norm())
+            square += (length * sum(sizes[k] * lengths[r] for k, r in pairs)) ** 2
         if channels:
             found = apply.sums(full, list(channels.values()), over_i)
             for (c, factor), column in zip(channels, found.unbind(-1), strict=True):
@@ -156,7 +171,7 @@ class FastSum:
         for c, factor, r in plain:
             total = full[:, r].sum()
             out[:, c] += total if factor is None else total * scale[factor]
-        return out
+        return out, square**0.5
 
 
 def error(
