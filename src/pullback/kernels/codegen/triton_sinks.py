@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pullback.kernels.codegen.triton_special import exponential
 from pullback.kernels.ir.reductions import Program
 
 STEPS = 32  # tiles in a block
@@ -34,7 +35,9 @@ class Sink:
     dim: int = 1
 
     shifted = False
+    searches = False
     steps = STEPS
+    first = 0  # column of the result that column 0 is
 
     def live(self, words: int) -> int:
         """Registers for each pair of a tile: those of the sums and of three temporaries, of `words` each."""
@@ -44,13 +47,17 @@ class Sink:
         """Functions that the lines call."""
         return []
 
+    def names(self) -> list[str]:
+        """Suffixes of what is summed element by element."""
+        return list(map(str, range(self.width)))
+
     def start(self, rows: int, elem: str) -> list[str]:
         """Before everything."""
-        return [f"total{k} = tl.zeros(({rows},), {self.total or elem})" for k in range(self.width)]
+        return [f"total{k} = tl.zeros(({rows},), {self.total or elem})" for k in self.names()]
 
     def open(self, rows: int, columns: int, elem: str) -> list[str]:
         """Before a block."""
-        return [f"sum{k} = tl.zeros(({rows}, {columns}), {self.inner or elem})" for k in range(self.width)]
+        return [f"sum{k} = tl.zeros(({rows}, {columns}), {self.inner or elem})" for k in self.names()]
 
     def absorb(self, first: str, names: Sequence[str], elem: str) -> list[str]:
         """A tile: `first` is the formula of shifted reductions, `names` hold the columns."""
@@ -59,13 +66,34 @@ class Sink:
 
     def close(self, elem: str) -> list[str]:
         """After a block."""
-        return [f"total{k} += tl.sum(sum{k}, 1).to({self.total or elem})" for k in range(self.width)]
+        return [*(f"part{k} = tl.sum(sum{k}, 1).to({self.total or elem})" for k in self.names()), *self.join(elem)]
 
-    def store(self, offset: str, limit: str, first: bool, chunk: str | None, cast: str) -> list[str]:
-        """After everything; `limit` masks columns beyond the last, `cast` converts."""
+    def join(self, elem: str) -> list[str]:
+        """Add what a block (or a part of the columns, that another program summed) came to."""
+        return [f"total{k} += part{k}" for k in self.names()]
+
+    def state(self) -> list[tuple[str, str, int]]:
+        """(name before a join, name of what is joined to it, columns; 0 for a vector) of what a program keeps."""
+        return [(f"total{k}", f"part{k}", 0) for k in self.names()]
+
+    def value(self, text: str, wide: bool) -> str:
+        """A number of the result, from its sum."""
+        return text
+
+    def finish(self, elem: str) -> list[str]:
+        """Before numbers of the result are read."""
+        return []
+
+    def store(self, places: Sequence[str | None], limit: str, chunk: str, cast: str) -> list[str]:
+        """After everything: `places` of the columns (None: it is not stored), `limit` masks those beyond the last.
+
+        `chunk` holds where the result's first column is stored, `cast` converts.
+        """
         return [
-            f"tl.store(place + ({offset} + {k}), total{k}{cast}, mask=(rows < row_end){limit.format(k)})"
-            for k in range(self.width)
+            f"tl.store(place + ({where}), {self.value(f'total{k}', False)}{cast}, "
+            f"mask=(rows < row_end){limit.format(k)})"
+            for k, where in enumerate(places)
+            if where is not None
         ]
 
 
@@ -90,10 +118,14 @@ class Product(Sink):
 
     def close(self, elem: str) -> list[str]:
         """Multiply over the columns."""
-        return [f"total{k} = total{k} * tl.reduce(sum{k}, 1, product)" for k in range(self.width)]
+        return [f"part{k} = tl.reduce(sum{k}, 1, product)" for k in range(self.width)] + self.join(elem)
+
+    def join(self, elem: str) -> list[str]:
+        """Multiply."""
+        return [f"total{k} = total{k} * part{k}" for k in range(self.width)]
 
 
-_FINITE = "tl.where(({0} == float('inf')) | ({0} == float('-inf')), 0.0, {0})"
+FINITE = "tl.where(({0} == float('inf')) | ({0} == float('-inf')), 0.0, {0})"
 
 
 class Shifted(Sink):
@@ -109,82 +141,85 @@ class Shifted(Sink):
         """Registers for each pair of a tile; the weights are alive too."""
         return (self.width + self.mean + 4) * words
 
-    def _all(self) -> list[str]:
-        return [*map(str, range(self.width)), *(["w"] if self.mean else [])]
+    def names(self) -> list[str]:
+        """Suffixes of what is summed element by element."""
+        return [*super().names(), *(["w"] if self.mean else [])]
 
     def start(self, rows: int, elem: str) -> list[str]:
         """Sums of nothing."""
-        lines = [f"total{k} = tl.zeros(({rows},), {self.total or elem})" for k in self._all()]
-        return [f"top_all = tl.full(({rows},), float('-inf'), {elem})", *lines]
+        return [f"top_all = tl.full(({rows},), float('-inf'), {elem})", *super().start(rows, elem)]
 
     def open(self, rows: int, columns: int, elem: str) -> list[str]:
         """Sums of nothing."""
-        lines = [f"sum{k} = tl.zeros(({rows}, {columns}), {elem})" for k in self._all()]
-        return [f"top = tl.full(({rows}, 1), float('-inf'), {elem})", *lines]
+        return [f"top = tl.full(({rows}, 1), float('-inf'), {elem})", *super().open(rows, columns, elem)]
 
     def absorb(self, first: str, names: Sequence[str], elem: str) -> list[str]:
         """Raise the maximum, rescale the sums, add."""
-        weights = {str(k): f"w * {v}" for k, v in enumerate(names)} or {"0": "w"}
+        weights = {str(k): f"tl.where(col_ok, w * {v}, 0.0)" for k, v in enumerate(names)} or {"0": "w"}
         if self.mean:
             weights["w"] = "w"
+        top = FINITE.format("top")
         return [
             f"f = tl.where(col_ok, {first}, float('-inf'))",
             "new = tl.maximum(top, tl.max(f, 1)[:, None])",
-            f"shift = {_FINITE.format('new')}",
-            "w = tl.exp(f - shift)",
-            f"keep = tl.exp({_FINITE.format('top')} - shift)",
-            *(
-                f"sum{k} = tl.where(top == float('-inf'), 0.0, sum{k} * keep) + tl.where(col_ok, {v}, 0.0)"
-                for k, v in weights.items()
-            ),
+            f"shift = {FINITE.format('new')}",
+            f"w = {exponential('(f - shift)', elem)}",
+            f"keep = {exponential(f'({top} - shift)', elem)}",
+            f"keep = tl.where(top == float('-inf'), 0.0, keep).to({elem})",
+            *(f"sum{k} = sum{k} * keep + {v}" for k, v in weights.items()),
             "top = new",
         ]
 
     def close(self, elem: str) -> list[str]:
         """Join the sums of a block to the total."""
+        return ["top_row = tl.sum(top, 1)", *super().close(elem)]
+
+    def join(self, elem: str) -> list[str]:
+        """Bring both to the larger maximum."""
         total = self.total or elem
         return [
-            "top_row = tl.sum(top, 1)",
             "new_row = tl.maximum(top_all, top_row)",
-            f"shift_row = {_FINITE.format('new_row')}.to({total})",
-            f"scale_all = tl.exp({_FINITE.format('top_all')}.to({total}) - shift_row)",
-            f"scale_row = tl.exp({_FINITE.format('top_row')}.to({total}) - shift_row)",
+            f"shift_row = {FINITE.format('new_row')}.to({total})",
+            f"scale_all = tl.exp({FINITE.format('top_all')}.to({total}) - shift_row)",
+            f"scale_row = tl.exp({FINITE.format('top_row')}.to({total}) - shift_row)",
             *(
                 f"total{k} = tl.where(top_all == float('-inf'), 0.0, total{k} * scale_all)"
-                f" + tl.where(top_row == float('-inf'), 0.0, tl.sum(sum{k}, 1).to({total}) * scale_row)"
-                for k in self._all()
+                f" + tl.where(top_row == float('-inf'), 0.0, part{k} * scale_row)"
+                for k in self.names()
             ),
             "top_all = new_row",
         ]
 
-    def store(self, offset: str, limit: str, first: bool, chunk: str | None, cast: str) -> list[str]:
-        """Add the shift to the logarithms of the sums."""
-        return [
-            f"base = {_FINITE.format('top_all')}",
-            *(
-                f"tl.store(place + ({offset} + {k}), (base + tl.log(total{k})){cast}, "
-                f"mask=(rows < row_end){limit.format(k)})"
-                for k in range(self.width)
-            ),
-        ]
+    def state(self) -> list[tuple[str, str, int]]:
+        """The maximum too."""
+        return [("top_all", "top_row", 0), *super().state()]
+
+    def finish(self, elem: str) -> list[str]:
+        """The shift."""
+        return [f"base = {FINITE.format('top_all')}"]
+
+    def value(self, text: str, wide: bool) -> str:
+        """The shift is added to the logarithms of the sums."""
+        return f"(base{'[:, None]' if wide else ''} + tl.log({text}))"
 
 
 class Mean(Shifted):
     """(log sum exp F, mean of G with the weights exp F)."""
 
     mean = True
+    first = 1
 
-    def store(self, offset: str, limit: str, first: bool, chunk: str | None, cast: str) -> list[str]:
+    def value(self, text: str, wide: bool) -> str:
+        """Divided by the sum of the weights."""
+        w = "totalw[:, None]" if wide else "totalw"
+        return f"tl.where({w} == 0.0, 0.0, {text} / {w})"
+
+    def store(self, places: Sequence[str | None], limit: str, chunk: str, cast: str) -> list[str]:
         """The logarithm stands before the means."""
         lines = []
-        if first:
-            mask = f" & ({chunk} == 0)" if chunk else ""
-            value = f"({_FINITE.format('top_all')} + tl.log(totalw)){cast}"
-            lines.append(f"tl.store(place, {value}, mask=(rows < row_end){mask})")
-        for k in range(self.width):
-            value = f"tl.where(totalw == 0.0, 0.0, total{k} / totalw){cast}"
-            lines.append(f"tl.store(place + (1 + {offset} + {k}), {value}, mask=(rows < row_end){limit.format(k)})")
-        return lines
+        if chunk:
+            lines.append(f"tl.store(place, (base + tl.log(totalw)){cast}, mask=(rows < row_end) & ({chunk} == 0))")
+        return [*lines, *super().store(places, limit, chunk, cast)]
 
 
 class Smallest(Sink):
@@ -195,6 +230,7 @@ class Smallest(Sink):
     """
 
     sign = ""
+    searches = True
     steps = 0
 
     def live(self, words: int) -> int:
@@ -224,6 +260,12 @@ class Smallest(Sink):
             f"f = tl.where(col_ok & row_ok, {self.sign}{names[0]}, float('inf'))",
             "f = tl.where(f != f, float('inf'), f)",
             f"j = tl.where(col_ok & row_ok, cols.to(tl.int64)[None, :], {2 * NONE - 1})",
+            *self.search(),
+        ]
+
+    def search(self) -> list[str]:
+        """Take entries f with the numbers j into the state."""
+        return [
             *self._compare(),
             "while go > 0:",
             "    at = (best == worst) & (where == last) & better",
@@ -249,7 +291,20 @@ class Smallest(Sink):
         """A block has no state of its own."""
         return []
 
-    def store(self, offset: str, limit: str, first: bool, chunk: str | None, cast: str) -> list[str]:
+    def join(self, elem: str) -> list[str]:
+        """Of what another program kept, the slots without an entry are left out."""
+        return [
+            f"entry = (slot < {self.k}) & row_ok & (j < {NONE})",
+            "f = tl.where(entry, f, float('inf'))",
+            f"j = tl.where(entry, j, {2 * NONE - 1})",
+            *self.search(),
+        ]
+
+    def state(self) -> list[tuple[str, str, int]]:
+        """Values and numbers."""
+        return [("best", "f", self.slots), ("where", "j", self.slots)]
+
+    def store(self, places: Sequence[str | None], limit: str, chunk: str, cast: str) -> list[str]:
         """In order, -1 for what is not there; the slots beyond K come first and are stored nowhere."""
         extra = self.slots - self.k
         return [
@@ -257,7 +312,7 @@ class Smallest(Sink):
             "    low = tl.min(best, 1)[:, None]",
             f"    number = tl.min(tl.where(best == low, where, {2 * NONE - 1}), 1)[:, None]",
             f"    value = tl.sum(tl.where(number >= {NONE}, -1, number), 1)",
-            f"    tl.store(place + ({offset} + s * {self.dim}), value, mask=(rows < row_end) & (s >= 0))",
+            f"    tl.store(place + ({places[0]} + s * {self.dim}), value, mask=(rows < row_end) & (s >= 0))",
             "    taken = (best == low) & (where == number)",
             "    best = tl.where(taken, float('inf'), best)",
             f"    where = tl.where(taken, {2 * NONE - 1}, where)",

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pullback.kernels.codegen import triton_special
 from pullback.kernels.ir.expr import PARAMETER, ROLE
-from pullback.kernels.ir.primitives import PRIMITIVES
 from pullback.kernels.plan.lower import Value
 
 UNROLL = 8  # terms up to which a sum over d is written out, so that what belongs to a row stays in registers
+
+# How the numbers of an argument lie: with any strides; components next to each other; rows too, without gaps
+GAPS, UNIT, DENSE = range(3)
 
 Depth = int | str | None  # the counter of a loop over d: a number, a Triton expression, or outside of such loops
 
@@ -19,7 +22,7 @@ class Values:
 
     Args:
         signature: (dimension, category) of each argument.
-        dense: for each argument, whether its rows lie one after the other without gaps.
+        layouts: for each argument GAPS, UNIT or DENSE.
         rows: category of the axis whose rows are kept.
         tile: rows and columns of a tile.
         elem: Triton's name of the type that is computed in.
@@ -29,9 +32,9 @@ class Values:
     """
 
     def __init__(
-        self, signature: Sequence[tuple[int, int]], dense: Sequence[bool], rows: int, tile: tuple[int, int], elem: str
+        self, signature: Sequence[tuple[int, int]], layouts: Sequence[int], rows: int, tile: tuple[int, int], elem: str
     ) -> None:
-        self.signature, self.dense, self.rows, self.tile, self.elem = signature, dense, rows, tile, elem
+        self.signature, self.layouts, self.rows, self.tile, self.elem = signature, layouts, rows, tile, elem
         self.before: list[str] = []
         self.inside: list[str] = []
         self.loop: list[str] | None = None
@@ -68,8 +71,11 @@ class Values:
             return self._let(v, f"{'rows[:, None]' if v.params[0] == self.rows else 'cols[None, :]'}.to({self.elem})")
         if v.op == "Loop":
             return self._sum(v)
+        if v.op == "Exp":
+            inner, factor = scaled(v.args[0])
+            return self._let(v, triton_special.exponential(self.name(inner, depth, size), self.elem, factor))
         args = [self.name(a, depth, size) for a in v.args]
-        text = PRIMITIVES[v.op].triton
+        text = triton_special.text(v.op)
         assert text is not None, f"{v.op} has no Triton text; please report"
         text = text.format(*args, **{f"p{k}": p for k, p in enumerate(v.params)})
         # where() of two numbers is a float32
@@ -91,7 +97,7 @@ class Values:
         if found is not None:
             return found
         category = self.signature[position][1]
-        at = f"{component}" if self.dense[position] else f"{component} * c{position}"
+        at = f"{component}" if self.layouts[position] else f"{component} * c{position}"
         if category == PARAMETER:
             text = f"tl.load(a{position} + {at}" + (f", mask={mask}, other=0.0" if mask else "")
         else:
@@ -132,6 +138,15 @@ class Values:
                 stack.extend(v.args)
             else:
                 self.name(v)
+
+
+def scaled(v: Value) -> tuple[Value, float]:
+    """`v` as a constant times another value."""
+    factor = 1.0
+    while v.op == "Minus" or (v.op == "Mult" and v.args[0].op == "Const"):
+        factor *= -1.0 if v.op == "Minus" else v.args[0].params[0]
+        v = v.args[-1]
+    return v, factor
 
 
 def number(x: float) -> str:
