@@ -15,5 +15,6 @@ from pullback.kernels.lazy import Vi as Vi
 from pullback.kernels.lazy import Vj as Vj
 from pullback.kernels.operator import KernelOperator as KernelOperator
 from pullback.kernels.plan.ranges import Ranges as Ranges
+from pullback.kernels.runtime.tuning import tune as tune
 from pullback.kernels.solve import KernelSolve as KernelSolve
 from pullback.kernels.task import BackendWarning as BackendWarning
