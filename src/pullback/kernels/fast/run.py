@@ -27,7 +27,7 @@ from pullback.kernels.ir.reductions import Program
 
 CHECKED = 0.08  # share of the time that the check may take
 _SURE = 0.7  # of the tolerance, that the error on sampled rows may reach
-_SHARPER = 0.06  # part of the tolerance that the second attempt aims at, less after a wide miss
+_SHARPER = 0.3  # part of the tolerance that the second attempt aims at, less after a wide miss
 _CANCELLED = 0.5  # of the size of sums with random signs, below which a result was cancelled
 _LOST = 1e-5  # the same for sums behind a logarithm, which may be much smaller than their mean
 
