@@ -23,6 +23,7 @@ from pullback.kernels.ir.reductions import OVER_I, Program
 
 FEW = 3e-3  # seconds of exact work below which no other way is looked for
 _CHEAP = {"Add", "Subtract", "Mult", "Minus", "Square", "Gather", "Concat", "Sum", "Var", "Const", "Scalprod", "SqDist"}
+_MANY = 1 << 14  # differences that are worth compiled code
 _SPREAD = {1: 4e-8, 2: 9e-8, 3: 2.5e-7}  # seconds for a point in a complex NUFFT, on one thread
 _MODE = 6e-8  # for a mode
 
@@ -120,6 +121,10 @@ class _Tree:
         if one.has_plain and ONE not in one.kernels:
             one.kernels.append(ONE)
 
+    def kernel(self, d: Tensor) -> Tensor:
+        """The kernels at differences, by the engine where they are many."""
+        return self.one.kernel(d) if d.numel() < _MANY else self.one.kernel_by(self.exact, d)
+
     def __call__(self) -> Apply:
         one, patience = self.one, self.patience
         leaf = leaf_for(one.tolerance, one.points.x.shape[1])
@@ -128,7 +133,7 @@ class _Tree:
         limit = patience.seconds if FEW > 0 else math.inf
         try:
             far: FarField = one.points.made(
-                ("far", leaf, *one.identity(), tolerance), lambda: FarField(plan, one.kernel, tolerance, limit=limit)
+                ("far", leaf, *one.identity(), tolerance), lambda: FarField(plan, self.kernel, tolerance, limit=limit)
             )
         except TooLong as reason:
             raise patience.over(str(reason), reason.seconds) from None

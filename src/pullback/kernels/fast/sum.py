@@ -14,7 +14,7 @@ import pullback.kernels.fast.plans as plans
 from pullback.kernels.codegen import eager
 from pullback.kernels.fast.analyse import Form, Refused, Term
 from pullback.kernels.fast.plans import Plans
-from pullback.kernels.ir.expr import Expr, I, J, const, variables
+from pullback.kernels.ir.expr import Expr, I, J, builders, const, substitute, variable, variables, walk
 from pullback.kernels.ir.reductions import OVER_BOTH, OVER_I, OVER_J, Program
 
 Exact = Callable[..., Tensor]  # (program, tensors, ranges) -> result of the exact engine
@@ -83,6 +83,20 @@ class FastSum:
         values += [d[..., k : k + 1] for k in range(d.shape[-1])]
         found = eager.evaluate(self.kernels, values)
         return torch.cat([f.expand(*d.shape[:-1], 1) for f in found], -1)
+
+    def kernel_by(self, exact: Exact, d: Tensor) -> Tensor:
+        """The same by the engine: compiled, in one pass over the differences."""
+        first, dim = self.form.program.n, d.shape[-1]
+        place = variable(0, dim, I)
+        used = [v for v in walk(*self.kernels) if v.op == "Var" and v.params[1] > J]
+        table = {v: variable(1 + k, v.dim, v.params[1]) for k, v in enumerate(used)}
+        table |= {variable(first + k, 1, I): builders["Gather"](place, (k,)) for k in range(dim)}
+        exprs = [substitute(k, table) for k in self.kernels]
+        signature = ((dim, I), *((v.dim, v.params[1]) for v in used))
+        whole = exprs[0] if len(exprs) == 1 else builders["Concat"](*exprs)
+        single = Program("Sum", (whole,), (OVER_J,), signature, 1, "float64", "auto")
+        y = exact(single, [d.reshape(-1, dim), *(self.parameters[v.params[0]] for v in used)])
+        return y.view(*d.shape[:-1], len(exprs))
 
     def identity(self) -> tuple[Any, ...]:
         """What the kernels are: their expressions and the values of parameters."""
