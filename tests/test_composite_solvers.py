@@ -118,6 +118,7 @@ def test_cvxpy_lasso(dtype):
         close(method(A, y, 0.3 * L1(), **TIGHT).x, best)
 
 
+@pytest.mark.slow
 def test_cvxpy_tv_deblurring():
     dims = (5, 6)
     h = randn(3, 3, seed=4).abs()
@@ -366,6 +367,7 @@ def test_gap_bounds_the_error(dtype):
         assert s.status is Status.CONVERGED
 
 
+@pytest.mark.slow
 def test_restart_and_search_save_iterations():
     matrix = torch.diag(torch.logspace(0, -2, 30, dtype=torch.float64)) @ torch.linalg.qr(randn(30, 30))[0]
     A, y = MatrixMult(matrix), randn(30)
@@ -438,6 +440,7 @@ def test_warm_start(name, method, g):
     torch.testing.assert_close(first.x, second.x, atol=2e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_parameters_one_a_member():
     _, A, y = system(batch=(2,))
     weight = torch.tensor([0.1, 0.4], dtype=torch.float64)
@@ -621,6 +624,7 @@ def test_fista_does_not_take_a_rest_for_the_end(seed):
     torch.testing.assert_close(s.x, other.x, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_condat_vu_does_not_swing_where_the_norm_is_exact():
     torch.manual_seed(11)
     A = MatrixMult(torch.randn(11, 9, dtype=torch.float64) / 2)

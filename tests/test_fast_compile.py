@@ -57,6 +57,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Genred", pytest.param("product", marks=pytest.mark.slow), "logsumexp"])
 def test_compiled(name):
     args = data()

@@ -192,6 +192,7 @@ def test_a_plan_that_one_sum_does_not_pay_for_is_made_when_many_do(monkeypatch):
     assert method(done) == ["exact"] * 3 + ["tree"] * 2, done
 
 
+@pytest.mark.slow
 def test_the_old_vmap_of_torch():
     x = torch.rand(2000, 2, dtype=torch.float64)
     K = gaussian(x, x, torch.tensor([4.0], dtype=torch.float64))

@@ -120,16 +120,11 @@ REAL_ONLY = [k for k in FUNCTIONALS if "ox" in k]  # complex numbers have no ord
 
 
 def kinds(names):
+    """Each kind in both dtypes; what iterates is slow."""
+    cases = [(k, torch.float64) for k in names] + [(k, torch.complex128) for k in names if k not in REAL_ONLY]
     return pytest.mark.parametrize(
         ("name", "dtype"),
-        [
-            *((k, torch.float64) for k in names),
-            *(
-                pytest.param(k, torch.complex128, marks=[pytest.mark.slow] if "TV" in k else [])
-                for k in names
-                if k not in REAL_ONLY
-            ),
-        ],
+        [pytest.param(k, dtype, marks=[pytest.mark.slow] if "TV" in k else []) for k, dtype in cases],
     )
 
 

@@ -46,6 +46,7 @@ def test_tv_value_and_prox_against_smoothed_minimisation(dims, isotropic):
     assert (f.prox(x, step) - u.detach()).norm() < 1e-6 * x.norm() + (2 * step * eps * x.numel() * len(dims)) ** 0.5
 
 
+@pytest.mark.slow
 def test_tv_prox_error_is_below_rtol():
     x = randn(3, 8, 9)
     exact = TV((8, 9), maxiter=5000, rtol=1e-9).prox(x, 0.5)
@@ -139,6 +140,7 @@ def test_large_images_are_differentiable_and_may_be_empty():
 # Second order ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [(5,), *(pytest.param(d, marks=pytest.mark.slow) for d in ((4, 5), (3, 4, 5)))])
 def test_symmetrized_gradient(dims):
     assert check(_SymmetrizedGradient(dims, (1.0, 0.5, 2.0)[: len(dims)])).ok
@@ -177,6 +179,7 @@ def test_tgv_value_against_a_linear_program():
     assert best <= value <= best * (1 + 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dims", [(12,), pytest.param((6, 7), marks=pytest.mark.slow)])
 def test_tgv_prox_is_the_minimum(dims):
     f, x = TGV(dims, maxiter=1500, rtol=1e-5), randn(2, *dims)

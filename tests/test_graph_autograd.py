@@ -285,6 +285,7 @@ def test_odd_tensors():
     assert len(autograd_graph(scalar).nodes) == 3  # leaf, accumulate, output
 
 
+@pytest.mark.slow
 def test_ten_thousand_nodes_without_recursion():
     x = torch.ones(2, requires_grad=True)
     y = x

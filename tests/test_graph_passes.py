@@ -107,6 +107,7 @@ PASSES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(graphs())
 def test_every_pass_leaves_a_graph_without_cycles(data):

@@ -386,6 +386,7 @@ def test_softmax_weights_of_large_exponents_agree_with_the_forward_pass():
     torch.testing.assert_close(slope, torch.full_like(x, 32.7182), rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 def test_accuracy():
     """At most 1e-6 relative in float32 for 10^4 positive weights, also shifted by 1000 (exactly, in float32)."""
     g = torch.Generator().manual_seed(0)

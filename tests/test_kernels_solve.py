@@ -171,7 +171,7 @@ def test_preconditioner_of_full_rank_is_the_inverse(kind):
     torch.testing.assert_close(got, exact(b, alpha, x))
 
 
-@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fourier_modes_are_the_inverse(d):
     points = torch.rand(2, 400, d, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 7
     K = (-(Vi(points) - Vj(points)).sqnorm2() * 4).exp()

@@ -108,6 +108,7 @@ def run_checks(*names, interpret=True, file=__file__, **variables):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreter():
     run_checks("check_few")

@@ -38,7 +38,7 @@ def sample(case, dtype):
 
 
 BOTH = [
-    pytest.param(n, d, id=f"{n}-{d}", marks=[] if n in SHORT and (d == DTYPES[0] or n == "cg") else pytest.mark.slow)
+    pytest.param(n, d, id=f"{n}-{d}", marks=[] if n in SHORT and d == DTYPES[0] else pytest.mark.slow)
     for n in CASES
     for d in DTYPES
     if n != "gmres restarted"
@@ -101,6 +101,7 @@ UNROLLED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNROLLED)
 def test_unrolled_derivatives_of_few_iterations(name):
     case = CASES[name]

@@ -133,6 +133,7 @@ def test_tv_may_be_left_away():
     assert torch.equal(reconstruct(A, y, "admm", maxiter=3).image, reconstruct(A, y, "admm-tv", maxiter=3).image)
 
 
+@pytest.mark.slow
 def test_tv_beats_the_others_with_its_own_weight():
     A, image, y = scan()
     scores = {m: float(psnr(reconstruct(A, y, m).image, image)) for m in ("fbp", "cgls", "fista-tv", "pdhg-tv")}

@@ -42,6 +42,7 @@ def test_gaussian_numbers_do_not_depend_on_the_chunks(monkeypatch):
         torch.testing.assert_close(A.H.todense(), m.T, atol=1e-7, rtol=0)
 
 
+@pytest.mark.slow
 @kinds
 def test_lengths_are_kept_on_average(kind):
     x = torch.tensor([1.0, -2, 3] + [0.0] * 30 + [0.1] * 17, dtype=torch.float64)

@@ -654,6 +654,7 @@ def test_picard():
     assert f"{p.index} of 64" in repr(p)
 
 
+@pytest.mark.slow
 def test_pictures():
     pytest.importorskip("matplotlib")
     A, _, y = noisy()

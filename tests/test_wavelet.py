@@ -114,6 +114,7 @@ def test_several_axes_equal_pywt(dims, axes, wavelet, mode, level, way):
     holds(A, wavelet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 2), pytest.param((-1, 0), marks=pytest.mark.slow), (1,), (2, 1)])
 def test_other_axes_are_a_batch(axes, way):
     dims = (66, 5, 70)
@@ -209,6 +210,7 @@ def test_the_inverse_is_not_the_adjoint_of_a_biorthogonal_transform():
         dottest(Mutant((8, 8), wavelet="db2", mode="symmetric"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [DWT, DWT2D, DWTND])
 def test_inverses_pass_the_kit(cls):
     A = next(cls.examples())
