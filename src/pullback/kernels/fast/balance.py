@@ -14,7 +14,7 @@ PLACED = 2.5e-7  # to sort a point into a tree
 
 def leaf_for(tolerance: float, dim: int) -> int:
     """The `leaf` of a plan that balances the near and the far pairs."""
-    return {1: 50, 2: 60, 3: round(min(max(30 * _digits(tolerance) + 30, 100), 330))}[dim]
+    return {1: 50, 2: 60, 3: round(min(max(60 * _digits(tolerance) + 10, 100), 330))}[dim]
 
 
 def threads() -> float:

@@ -129,7 +129,7 @@ class _Tree:
         one, patience = self.one, self.patience
         leaf = leaf_for(one.tolerance, one.points.x.shape[1])
         plan: TreePlan = one.points.made(("tree", leaf), lambda: TreePlan(one.points.x, one.points.y, leaf))
-        tolerance = 0.6 * one.tolerance
+        tolerance = 0.4 * one.tolerance
         limit = patience.seconds if FEW > 0 else math.inf
         try:
             far: FarField = one.points.made(

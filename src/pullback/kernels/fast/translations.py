@@ -106,11 +106,13 @@ def translations(
     n = max(1, _EVALUATED // max(len(steps), *(len(rows) ** 2 for _, rows, _ in bases)))
     reduced: list[list[Tensor]] = [[] for _ in bases]
     for part in o.split(n):
-        values = checked(kernel, (steps - part[:, None]) * edge)
+        values = checked(kernel, (steps[:, None] - part) * edge)
         for c, (_, rows, inverse) in enumerate(bases):
             picked = index[rows[:, None], len(grid) - 1 - rows]
-            between = values[..., c][:, picked.flatten()].view(len(part), *picked.shape)  # (offsets, target, source)
-            reduced[c].append((inverse @ between @ inverse.T).transpose(1, 2))
+            r, k, m = *inverse.shape, len(part)
+            between = values[..., c].index_select(0, picked.flatten()).view(k, k * m)  # (target, source * offset)
+            half = (inverse @ between).view(r, k, m).transpose(0, 1).reshape(k, r * m)
+            reduced[c].append((inverse @ half).view(r, r, m).movedim(-1, 0))  # (offset, source, target)
     found = []
     for (u, _, _), parts in zip(bases, reduced, strict=True):
         matrices = torch.zeros(len(offsets(dim)) + 1, u.shape[1], u.shape[1], dtype=dtype)
