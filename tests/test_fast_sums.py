@@ -13,6 +13,7 @@ from pullback.kernels import fast
 from pullback.kernels.fast import sum as fast_sum
 from pullback.kernels.fast.analyse import Refused, analyse
 from pullback.kernels.fast.run import beside
+from pullback.kernels.task import exactly
 
 N = 6000
 
@@ -190,6 +191,18 @@ def test_a_plan_that_one_sum_does_not_pay_for_is_made_when_many_do(monkeypatch):
         for _ in range(5):
             K @ b
     assert method(done) == ["exact"] * 3 + ["tree"] * 2, done
+
+
+def test_the_engine_evaluates_kernels():
+    f = pb.Genred(
+        "Exp(-Norm2(x-y)*s)*b + SqDist(x*p,y*p)*b", ["x = Vi(2)", "b = Vj(1)", "s = Pm(1)", "y = Vj(2)", "p = Pm(2)"]
+    )
+    x, b = torch.rand(30, 2, dtype=torch.float64), torch.rand(30, 1, dtype=torch.float64)
+    args = [x, b, torch.tensor([3.0]).double(), x + 0.1, torch.tensor([0.5, 2.0]).double()]
+    (program,) = f.reducer.programs
+    one = fast_sum.FastSum(analyse(program), args, 30, 30, 1e-6)
+    d = torch.rand(4, 50, 2, dtype=torch.float64)
+    torch.testing.assert_close(one.kernel_by(exactly, d), one.kernel(d), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.slow
