@@ -274,3 +274,28 @@ def test_old_kernels_are_dropped(monkeypatch):
             torch.testing.assert_close(run(fresh(c), args, (), 20, 30).double(), want, rtol=1e-6, atol=0)
     assert len(compile._kernels) == 2
     forget()
+
+
+SCATTERED = """
+import ctypes, random, torch
+import pullback as pb
+mmap = ctypes.CDLL(None).mmap
+mmap.restype = ctypes.c_void_p
+mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+random.seed(0)
+x = torch.rand(20, 3, dtype=torch.float64)
+for k in range(40):
+    for _ in range(6):  # reserve address space, without memory, so that neighbours are taken
+        mmap(None, random.choice([1 << 12, 1 << 13, 1 << 14, 1 << 16, 1 << 31]), 0, 0x4022, -1, 0)
+    y = pb.Genred(f"Exp(-SqDist(x,y)*IntCst({k + 2}))", ["x = Vi(3)", "y = Vj(3)"], axis=1)(x, x, backend="llvm")
+    torch.testing.assert_close(y, torch.exp(-torch.cdist(x, x).square() * (k + 2)).sum(1, keepdim=True))
+print("all")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves address space as Linux does")
+def test_code_is_linked_where_memory_is_scattered():
+    """A linker that places constants 2 GB from the code aborts the process."""
+    out = subprocess.run([sys.executable, "-c", SCATTERED], capture_output=True, text=True, check=False)
+    assert out.stdout == "all\n", out.stderr[-1000:]

@@ -126,7 +126,8 @@ def _machine(target: Target) -> Any:
 
 @lru_cache(maxsize=1)
 def _jit() -> Any:
-    return _llvm().create_lljit_compiler()
+    # The older linker places code and constants apart and aborts the process where they come to lie 2 GB apart.
+    return _llvm().create_lljit_compiler(use_jit_link=True)
 
 
 def kernel(plan: Plan) -> Kernel:
