@@ -284,7 +284,7 @@ mmap.restype = ctypes.c_void_p
 mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 random.seed(0)
 x = torch.rand(20, 3, dtype=torch.float64)
-for k in range(40):
+for k in range(150):
     for _ in range(6):  # reserve address space, without memory, so that neighbours are taken
         mmap(None, random.choice([1 << 12, 1 << 13, 1 << 14, 1 << 16, 1 << 31]), 0, 0x4022, -1, 0)
     y = pb.Genred(f"Exp(-SqDist(x,y)*IntCst({k + 2}))", ["x = Vi(3)", "y = Vj(3)"], axis=1)(x, x, backend="llvm")
