@@ -119,3 +119,14 @@ def test_passes_and_batches():
     assert "batch       the first member is told of" in report
     product = pb.Genred("Exp(-SqDist(x,y))", ["x = Vi(3)", "y = Vj(3)"], "Prod", axis=1)
     assert "method" not in explain(product, tolerance=1e-3, text=False)
+
+
+def test_arguments_that_do_not_fit():
+    f = pb.Genred("Exp(-SqDist(x,y))*b", ["x = Vi(3)", "y = Vj(3)", "b = Vj(1)"], axis=1, tolerance=1e-4)
+    x, b = torch.rand(5, 3), torch.rand(5, 1)
+    with pytest.raises(pb.ArgumentError, match="expected 3 arguments"):
+        explain(f, x, x, text=False)
+    with pytest.raises(pb.ShapeError, match="y"):
+        explain(f, x, x[:, :2], b, text=False)
+    with pytest.raises(pb.DtypeError, match="must be tensors"):
+        explain(f, x, "y", b, text=False)

@@ -13,6 +13,7 @@ from test_kernels_llvm import PROGRAMS, close, data, definition, sqdist, x_, y_
 from test_kernels_triton import compare, main, needs_triton, run_checks
 from test_kernels_triton_dot import DOTS, evaluated, gauss
 
+from pullback.core.errors import ArgumentError
 from pullback.kernels.codegen.triton import Kernel
 from pullback.kernels.codegen.triton_tiles import Tile, candidates, smaller
 from pullback.kernels.codegen.triton_values import DENSE, GAPS, UNIT
@@ -200,6 +201,11 @@ def check_calls():
     compare(p, (), 41, 30, torch.float32)
     assert len(gpu._calls) == 4
     assert len(gpu_code._functions) == n_functions  # a new size makes no new code
+
+
+def test_tune_wants_a_function():
+    with pytest.raises(ArgumentError, match="f must be callable, such as a Genred; got int"):
+        tuning.tune(3)
 
 
 if __name__ == "__main__":

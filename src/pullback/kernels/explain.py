@@ -47,7 +47,7 @@ def explain(
     plan, the count of floating point operations a pair, the LLVM text and the assembly of the inner loop (or why there
     is none), and the back end on a GPU.
 
-    Raises: ArgumentError if `f` is not a reduction.
+    Raises: ArgumentError if `f` is not a reduction; what `f` itself raises for arguments that do not fit.
     """
     if isinstance(f, LazyTensor):
         f = f.sum(f.nbatchdims + 1, call=False)
@@ -57,6 +57,7 @@ def explain(
     tolerance = tolerance_of(within(tolerance)) if tolerance is not None else _tolerance(f)
     data = _data(f, args)
     if data is not None:
+        data = reducer.checked(data)
         _, m, n = sizes(reducer.signature, data)
         dtype = data[0].dtype
     m, n, dtype = 1000 if m is None else m, 1000 if n is None else n, dtype or torch.float32

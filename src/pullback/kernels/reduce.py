@@ -183,6 +183,13 @@ class Reducer:
                     self._raise(DtypeError, f"arguments must be tensors or arrays of numbers; got {type(a).__name__}")
         return found, arrays
 
+    def checked(self, args: Sequence[Any]) -> list[Tensor]:
+        """The arguments as the reduction takes them. Raises what a call would."""
+        tensors = self._promoted(self._tensors(args)[0])
+        self._check(tensors)
+        self.check_devices(tensors)
+        return tensors
+
     def check_devices(self, args: Sequence[Tensor]) -> None:
         """Raise DeviceError unless all arguments lie on one device."""
         for a in args[1:]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import pullback.kernels.fast.choose as choosing
 from pullback.kernels.fast.analyse import Refused, analyse, split
 from pullback.kernels.fast.choose import choose, rate
 from pullback.kernels.fast.softmax import SHIFTED, Lost, shifted
@@ -28,6 +29,7 @@ from pullback.kernels.ir.reductions import Program
 CHECKED = 0.08  # share of the time that the check may take
 _SURE = 0.7  # of the tolerance, that the error on sampled rows may reach
 _SHARPER = 0.3  # part of the tolerance that the second attempt aims at, less after a wide miss
+_TINY = 1e-4  # seconds of exact work, below which even the analysis is not worth it, however often it is done
 _CANCELLED = 0.5  # of the size of sums with random signs, below which a result was cancelled
 _LOST = 1e-5  # the same for sums behind a logarithm, which may be much smaller than their mean
 
@@ -102,6 +104,8 @@ def _member(
     try:
         if m == 0 or n == 0:
             raise Refused("there are no pairs")
+        if m * n * len(program.exprs) < min(choosing.FEW, _TINY) * rate(program):
+            raise Refused(f"{m} x {n} pairs are few")
         form = split(program)[0] if program.kind in SHIFTED else analyse(program)
         points = FastSum(form, tensors, m, n, tolerance).points
         learned: dict[str, float] = points.made(("learned", program, tolerance), dict)

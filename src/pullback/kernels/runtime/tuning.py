@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pullback.core.errors import ArgumentError
 from pullback.kernels.codegen import triton as codegen
 from pullback.kernels.codegen.triton import Kernel
 from pullback.kernels.codegen.triton_tiles import Tile, candidates
@@ -42,7 +43,11 @@ def tune(f: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         args, kwargs: its arguments, of the sizes that matter: the choice holds for all.
 
     Returns: what `f` returns.
+
+    Raises: ArgumentError if `f` cannot be called.
     """
+    if not callable(f):
+        raise ArgumentError(f"tune: f must be callable, such as a Genred; got {type(f).__name__}")
     with tuning():
         return f(*args, **kwargs)
 
